@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -447,18 +446,18 @@ def open_run(out, config, resume=False):
 
 def tensors(parts):
     """{name: (net, optimizer, EMA or None)} -> {key: tensor} of what training changes, without param_groups."""
-    flat, trained = {}, StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    flat = {}
     for name, (net, opt, ema) in parts.items():
-        moments = get_optimizer_state_dict(net, opt, options=trained)
-        for kind, values in [("net", get_model_state_dict(net, options=trained)), ("ema", ema.shadow if ema else {}),
-                             ("opt", {k: v for k, v in moments.items() if k.startswith("state.")})]:
+        trained = {k: p for k, p in net.named_parameters() if p.requires_grad} | dict(net.named_buffers())
+        moments = {f"{i}.{k}": v for i, fields in opt.state_dict()["state"].items() for k, v in fields.items()}
+        for kind, values in dict(net=trained, ema=ema.shadow if ema else {}, opt=moments).items():
             flat |= {f"{name}.{kind}.{k}": v for k, v in values.items()}
     return flat
 
 def save(out, step, **parts):
     """Write out/checkpoints/step_N of parts (see `tensors`), beside it first, then renamed: whole or not there."""
     path = Path(out) / f"checkpoints/step_{step}"
-    dcp.save(tensors(parts), checkpoint_id=path.with_name(f"unfinished_{step}"), no_dist=ranks()[1] == 1)
+    dcp.save(tensors(parts), checkpoint_id=path.with_name(f"unfinished_{step}"))
     if ranks()[0] == 0:
         shutil.rmtree(path, ignore_errors=True)
         path.with_name(f"unfinished_{step}").rename(path)
@@ -471,12 +470,25 @@ def load(out, **parts):
         return 0
     state = tensors(parts)
     try:
-        if odd := state.keys() ^ dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys():
-            raise KeyError(f"see {min(odd)}")
-        dcp.load(state, checkpoint_id=path, no_dist=ranks()[1] == 1)  # in place
-    except Exception as error:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        for key, v in saved.items():  # room for the moments, which a fresh optimizer does not have
+            name, kind, i = key.split(".")[:3]
+            if kind == "opt":
+                p = [p for group in parts[name][1].param_groups for p in group["params"]][int(i)]
+                own = v.size == p.shape
+                state[key] = torch.zeros_like(p, dtype=v.properties.dtype) if own else torch.zeros(v.size)
+        if state.keys() != saved.keys():
+            raise KeyError(f"see {min(state.keys() ^ saved.keys())}")
+        dcp.load(state, checkpoint_id=path)  # in place
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"{path} is damaged or of other networks ({str(error).splitlines()[0]:.80}): remove it to "
                          "resume from the one before, or choose another folder") from error
+    for name, (_, opt, _) in parts.items():
+        moments = {}
+        for key in saved:
+            if key.startswith(f"{name}.opt."):
+                moments.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = state[key]
+        opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
     return int(path.name[5:])
 
 class Log:
