@@ -77,16 +77,13 @@ class Displacements(NamedTuple):
 
 def expect(v, shape, what):
     """v if it has the shape, else ValueError: a silent broadcast would train on the wrong thing."""
-    if v.shape != tuple(shape):
-        raise ValueError(f"{what} returned shape {tuple(v.shape)}: make it return {tuple(shape)}")
+    if v.shape != tuple(shape): raise ValueError(f"{what} returned shape {tuple(v.shape)}: make it {tuple(shape)}")
     return v
 
 def pair(a, b):
     """Two conditions as one of twice the batch; leaves that are not tensors pass through."""
-    if isinstance(a, dict):
-        return {k: pair(a[k], b[k]) for k in a}
-    if isinstance(a, tuple | list):
-        return type(a)(map(pair, a, b))
+    if isinstance(a, dict): return {k: pair(a[k], b[k]) for k in a}
+    if isinstance(a, tuple | list): return type(a)(map(pair, a, b))
     return torch.cat([a, b]) if isinstance(a, Tensor) else a
 
 @torch.no_grad()
@@ -112,8 +109,7 @@ def H_amd(d, a, s=0.5):                                # Eq. 10, Dynamic Score A
 def H_rf(d, a): return (2 * a).exp() * H_std(d, a)     # Reward Forcing (arXiv 2512.04678), there by an ungrouped score
 
 def dsa(a, s):  # Eq. 13 -> alpha, beta
-    if not 0 <= s <= 1:
-        raise ValueError(f"s = {s} can turn alpha or beta negative: choose s in [0, 1]")
+    if not 0 <= s <= 1: raise ValueError(f"s = {s} can turn alpha or beta negative: choose s in [0, 1]")
     return 1 + s * a, 1 - s * a
 
 # --------------------------------------------------------------------------------- 4. reward sensing (Sec. 3.2, 3.3)
@@ -123,8 +119,7 @@ def group_advantage(r, K, eps=1e-6):
     if K < 2 or r.ndim != 1 or len(r) % K:
         raise ValueError(f"rewards {tuple(r.shape)} in groups of K = {K}: choose K >= 2 that divides the batch")
     g = r.detach().cpu().double().view(-1, K)  # in float32, eight equal rewards of -3.7 have advantages of .19
-    if not g.isfinite().all():
-        raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
+    if not g.isfinite().all(): raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
     mean, std = g.mean(1, keepdim=True), g.std(1, keepdim=True, unbiased=False)  # population std
     a = ((g - mean) / (std + eps)).clamp(-1, 1)
     return a.where(std > 1e-6 * mean.abs().clamp_min(1), 0).flatten().to(r)
@@ -210,8 +205,7 @@ def gradient(method, draw, real, fake, *, null=None, w=1.0, schedule=flow, norma
         ca = displace(x, renoise(x, draw.t_ca, draw.eps_ca, schedule), draw.t_ca, c, null, real, None, w)
         d = d._replace(uncond=d.cond - (ca.cond - ca.uncond), w=w)
     g = method.H(d, like(draw.a, x))
-    if normalize:
-        g = g / like(per_sample(d.real.abs()).clamp_min(1e-8), x)
+    if normalize: g = g / like(per_sample(d.real.abs()).clamp_min(1e-8), x)
     if method.F_ext and method.lam:  # times numel of a sample, for student_loss divides by it
         g = g + method.lam * x[0].numel() * force(lambda x: method.F_ext[1](x, draw, closure, schedule), x)
     return g.detach(), d
@@ -247,8 +241,8 @@ def backward_simulation(denoise, z, c, levels, u=1.0, schedule=flow):
             x_t = renoise(x, t[i + 1], torch.randn_like(x), schedule)
     return denoise(x_t, t[k], c), levels[k]
 
-def key(*ints):  # a seed out of integers: each draw has its own, so a checkpoint needs no generator's state
-    return random.Random(repr(ints)).getrandbits(60)
+# A seed out of integers: each draw has its own, so that a checkpoint needs no generator's state.
+def key(*ints): return random.Random(repr(ints)).getrandbits(60)
 
 def rollout(student, c, u, seed, grad):
     """Alg. 1 l. 3, 10 -> x (B, ...), t_G, and noises for DM and CA (B, ...). The same seed repeats them all."""
@@ -264,14 +258,12 @@ def sense(method, xs, conds, reward, K):
     N = sum(map(len, xs)) * ranks()[1]
     if N % K or len({*map(len, xs)}) > 1:
         raise ValueError(f"K = {K} must divide the {N} samples of an update, in equal micro-batches: change K or both")
-    if reward is None:
-        return torch.zeros(N), torch.ones(N), {}
+    if reward is None: return torch.zeros(N), torch.ones(N), {}
     with torch.no_grad():
         r = torch.cat([expect(reward(x, c), (len(x),), "reward") for x, c in zip(xs, conds, strict=True)])
     finite = torch.cat([x.flatten(1).isfinite().all(1) for x in xs])
     r, finite = gather(torch.stack([r, finite.to(r)], 1)).cpu().double().unbind(1)
-    if not finite.all():
-        return None
+    if not finite.all(): return None
     a = group_advantage(r, K) if method.senses or K > 1 else torch.zeros_like(r)
     W = method.W(a) / (method.W(a).mean() if method.unit_w else 1)
     return a, W, dict(reward=r.mean(), reward_std=r.view(-1, K).std(1, unbiased=False).mean(),
@@ -361,8 +353,7 @@ def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=N
                         loss = loss + method.lam_d * critic_loss(draw, truth, logits, schedule)
                     backward(loss, accum)
                 norms = update(opts)  # l. 21-22
-            for opt in opts:
-                opt.zero_grad()
+            for opt in opts: opt.zero_grad()
             failures = 0 if norms.isfinite().all() else failures + 1
             skipped += failures > 0
             if failures == 10:
@@ -417,11 +408,9 @@ class EMA:
     def __init__(self, net, decay):
         self.decay, self.weights = decay, {k: p for k, p in net.named_parameters() if p.requires_grad}
         self.shadow = {k: p.detach().clone() for k, p in self.weights.items()}
-
     @torch.no_grad()
     def update(self):
         torch._foreach_lerp_([*self.shadow.values()], [*self.weights.values()], 1 - self.decay)
-
     @torch.no_grad()
     def swap(self):
         """Exchange weights and average: once to sample from the average or save it, once more to train on."""
@@ -466,17 +455,19 @@ def load(out, **parts):
     """Fill parts from the newest checkpoint of out, on any number of ranks -> its step, 0 if there is none.
     ValueError if it is damaged or of other networks. Resume only what your own runs wrote: its metadata is a pickle."""
     path = max(Path(out).glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
-    if path is None:
-        return 0
-    state = tensors(parts)
+    if path is None: return 0
+    state, moments = tensors(parts), {name: {} for name in parts}
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        for key, v in saved.items():  # room for the moments, which a fresh optimizer does not have
-            name, kind, i = key.split(".")[:3]
-            if kind == "opt":
+        for key, v in saved.items():
+            name, kind, i, *field = key.split(".")
+            if kind == "opt":  # make room, for a fresh optimizer has no state
                 p = [p for group in parts[name][1].param_groups for p in group["params"]][int(i)]
-                own = v.size == p.shape
-                state[key] = torch.zeros_like(p, dtype=v.properties.dtype) if own else torch.zeros(v.size)
+                moments[name].setdefault(int(i), {})[field[0]] = key
+                if (plain := not hasattr(v, "size")) or v.size != p.shape:  # a number, or a tensor of its own size
+                    state[key] = 0 if plain else torch.zeros(v.size, dtype=v.properties.dtype)
+                else:
+                    state[key] = torch.zeros_like(p, dtype=v.properties.dtype)
         if state.keys() != saved.keys():
             raise KeyError(f"see {min(state.keys() ^ saved.keys())}")
         dcp.load(state, checkpoint_id=path)  # in place
@@ -484,11 +475,8 @@ def load(out, **parts):
         raise ValueError(f"{path} is damaged or of other networks ({str(error).splitlines()[0]:.80}): remove it to "
                          "resume from the one before, or choose another folder") from error
     for name, (_, opt, _) in parts.items():
-        moments = {}
-        for key in saved:
-            if key.startswith(f"{name}.opt."):
-                moments.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = state[key]
-        opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
+        fields = {i: {k: state[key] for k, key in keys.items()} for i, keys in moments[name].items()}
+        opt.load_state_dict(dict(state=fields, param_groups=opt.state_dict()["param_groups"]))
     return int(path.name[5:])
 
 class Log:
@@ -498,13 +486,13 @@ class Log:
         rows = self.path.read_text().splitlines(True) if self.path.exists() else []
         if ranks()[0] == 0:
             self.path.write_text("".join(row for row in rows if row[-1] == "\n" and json.loads(row)["step"] <= start))
-
     def __call__(self, log):
         """A dict of `train`, on all ranks -> the row: its means over ranks, sec a step, samples_per_s, peak mem_gib."""
         sec = (time.perf_counter() - self.time) / (log["step"] - self.step)
         self.step, self.time = log["step"], time.perf_counter()
-        means = gather(torch.tensor([[float(v) for v in log.values()]])).mean(0).tolist()
-        row = dict(zip(log, means, strict=True)) | dict(sec=sec, samples_per_s=self.batch / sec)
+        means = gather(torch.tensor([[float(v) for v in log.values()]], dtype=torch.float64)).mean(0).tolist()
+        row = {k: int(v) if isinstance(log[k], int) else v for k, v in zip(log, means, strict=True)}
+        row |= dict(sec=sec, samples_per_s=self.batch / sec)
         row["mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else nan
         if ranks()[0] == 0:
             with self.path.open("a") as file:

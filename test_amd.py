@@ -25,30 +25,30 @@ from torch.testing import assert_close
 import amd
 
 HERE = Path(__file__).parent
-fast = pytest.mark.fast
+
+def slow(test):  # all others are marked fast, at the end of the file
+    test.slow = True
+    return test
+
 shapes = pytest.mark.parametrize("shape", [(8, 2), (8, 3, 4, 4), (8, 2, 3, 4, 4)])
-double = partial(torch.randn, dtype=torch.float64)
+f64, double = partial(torch.tensor, dtype=torch.float64), partial(torch.randn, dtype=torch.float64)
 close = partial(assert_close, rtol=1e-9, atol=1e-12)
 
-
-def displacements(shape, w=3.0):
-    return amd.Displacements(double(*shape), double(*shape), double(*shape), w)
-
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 def draw(shape=(8, 2), **fields):
     B = shape[0]
-    given = dict(c=torch.arange(B) % 3, x=double(*shape), eps=double(*shape), a=double(B).clamp(-1, 1), weight=double(B).exp(),
-                 t=0.1 + 0.8 * torch.rand(B, dtype=torch.float64))
+    given = dict(c=torch.arange(B) % 3, x=double(*shape), eps=double(*shape), a=double(B).clamp(-1, 1),
+                 weight=double(B).exp(), t=0.1 + 0.8 * torch.rand(B).double())
     return amd.Draw(**given | fields)
-
 
 def affine(scale, shift=0.0):
     """A Denoiser that depends on x_t, t and c."""
     return lambda x_t, t, c: scale * x_t + amd.like(t, x_t) + shift * amd.like(c, x_t)
 
-
 # ------------------------------------------------------------------------------------------------ Part I, fast
-@fast
 @shapes
 def test_eq3_one_sgd_step_moves_x_by_g(shape):
     x, g = double(*shape).requires_grad_(), double(*shape)
@@ -60,8 +60,6 @@ def test_eq3_one_sgd_step_moves_x_by_g(shape):
     close(x.detach(), before - g)
     close(loss.item(), g.square().mean().item() / 2)
 
-
-@fast
 @shapes
 def test_eq2_eq18_gradient_is_the_exact_score_difference_of_gaussians(shape):
     """For Gaussian data and student, g = sigma^2 / alpha (s_fake - s_real), the scores by autograd of log densities."""
@@ -81,8 +79,6 @@ def test_eq2_eq18_gradient_is_the_exact_score_difference_of_gaussians(shape):
     x_t, t = amd.renoise(z.x, z.t, z.eps), amd.like(z.t, z.x)
     close(g, t**2 / (1 - t) * (s_fake(x_t, z.t) - s_real(x_t, z.t)))
 
-
-@fast
 def test_eq1_eq4_gradient_of_the_potential_and_no_graph():
     z, real, fake = draw(), affine(0.5), affine(0.9, 0.1)
     x = z.x.clone().requires_grad_()
@@ -92,22 +88,17 @@ def test_eq1_eq4_gradient_of_the_potential_and_no_graph():
     close(g, torch.autograd.grad(V, x)[0])
     assert not g.requires_grad and not d.fake.requires_grad
 
-
-@fast
 def test_eq7_to_eq10_eq13_by_hand():
-    d = amd.Displacements(*(torch.tensor([[v]], dtype=torch.float64) for v in (3.0, 1.0, 2.0)), 4.0)
-    a = torch.tensor([[0.5]], dtype=torch.float64)
+    d, a = amd.Displacements(f64([[3]]), f64([[1]]), f64([[2]]), 4.0), f64([[0.5]])
     assert (d.real.item(), d.dm.item(), d.ca.item()) == (9, 1, 6)
     assert amd.H_std(d, a).item() == 7
     assert amd.H_naive(d, a).item() == 1.25 * 9 - 0.75 * 2
     assert amd.H_amd(d, a).item() == 0.75 * 1 + 1.25 * 6
     close(amd.H_rf(d, a).item(), math.e * 7)
 
-
-@fast
 @shapes
 def test_eq6_to_eq13_identities(shape):
-    d, a = displacements(shape), amd.like(double(8).clamp(-1, 1), torch.empty(shape))
+    d, a = amd.Displacements(*double(3, *shape), 3.0), amd.like(double(8).clamp(-1, 1), torch.empty(shape))
     close(amd.H_std(d, a), d.dm + d.ca)
     close(amd.H_naive(d, a, 0.3) - amd.H_amd(d, a, 0.3), 0.6 * a * d.cond)
     close(amd.H_amd(d, torch.ones_like(a), 1), 2 * d.ca)
@@ -120,16 +111,12 @@ def test_eq6_to_eq13_identities(shape):
             with pytest.raises(ValueError, match="choose s in"):
                 H(d, a, s)
 
-
-@fast
 def test_eq12_values():
-    r = torch.tensor([0.0, 0, 0, 1, 5, 3, 5, 3], dtype=torch.float64)
-    close(amd.group_advantage(r, 4), torch.tensor([-(3**-0.5)] * 3 + [1, 1, -1, 1, -1], dtype=torch.float64), rtol=1e-5)
-    close(amd.group_advantage(torch.tensor([0, 2e-5], dtype=torch.float64), 2), torch.tensor([-1, 1]).double() / 1.1)
-    close(amd.group_advantage(torch.tensor([0.0, 2], dtype=torch.float64), 2, eps=3), torch.tensor([-1, 1]).double() / 4)
+    r = f64([0, 0, 0, 1, 5, 3, 5, 3])
+    close(amd.group_advantage(r, 4), f64([-(3**-0.5)] * 3 + [1, 1, -1, 1, -1]), rtol=1e-5)
+    close(amd.group_advantage(f64([0, 2e-5]), 2), f64([-1, 1]) / 1.1)
+    close(amd.group_advantage(f64([0, 2]), 2, eps=3), f64([-1, 1]) / 4)
 
-
-@fast
 def test_eq12_invariances_and_groups():
     r = double(24)
     a = amd.group_advantage(r, 8)
@@ -140,8 +127,6 @@ def test_eq12_invariances_and_groups():
     assert a.abs().max() == 1 and (a.abs() < 1).any()
     assert amd.group_advantage(r.float(), 8).dtype == torch.float32
 
-
-@fast
 @pytest.mark.parametrize("level, spread, equal", [(-3.7, 0, True), (0, 1.9e-6, True), (0, 2.1e-6, False), (2, 3.9e-6, True),
                                                   (2, 4.1e-6, False), (-1000, 1.9e-3, True), (-1000, 2.1e-3, False)])
 def test_eq12_equal_rewards_have_no_advantage(level, spread, equal):
@@ -151,27 +136,19 @@ def test_eq12_equal_rewards_have_no_advantage(level, spread, equal):
     assert (a == 0).all() if equal else a.abs().min() > 0.5
     assert (amd.group_advantage(torch.full((8,), -3.7), 8) == 0).all()
 
-
-@fast
 @pytest.mark.parametrize("r, K", [(torch.zeros(8), 1), (torch.zeros(8), 3), (torch.zeros(8, 1), 2), (torch.zeros(8), -2),
                                   (torch.tensor([0, math.nan]), 2), (torch.tensor([0, math.inf]), 2)])
 def test_eq12_bad_input(r, K):
     with pytest.raises(ValueError, match="choose K|mend the reward"):
         amd.group_advantage(r, K)
 
-
-@fast
-def test_eq14_weights():
-    a = torch.tensor([-1.0, 0, 1])
-    close(amd.W_exp(a), torch.tensor([math.e, 1, 1 / math.e]), rtol=1e-6)
-    close(amd.W_exp(a, 0.5), torch.tensor([math.e**2, 1, math.e**-2]), rtol=1e-6)
-    close(amd.W_one(a), torch.ones(3))
-
-
-@fast
 @shapes
 def test_eq14_is_the_weighted_loss_of_the_networks_own_prediction(shape):
     """A noise network's loss in "eps", a velocity network's in "flow", x0 in "x0": each sample once by its weight."""
+    a = f64([-1, 0, 1])
+    close(amd.W_exp(a), f64([math.e, 1, 1 / math.e]))
+    close(amd.W_exp(a, 0.5), f64([math.e**2, 1, math.e**-2]))
+    assert amd.W_one(a).equal(torch.ones_like(a))
     z, abar = draw(shape), torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
     net, vp = lambda x_t, t, c: torch.tanh(x_t) + amd.like(t, x_t), amd.vp(abar)
     def loss(prediction, target):
@@ -182,8 +159,6 @@ def test_eq14_is_the_weighted_loss_of_the_networks_own_prediction(shape):
     x_t = amd.renoise(z.x, z.t, z.eps, vp)
     close(amd.fake_loss(z, amd.x0_from_eps(net, vp), vp, "eps"), loss(net(x_t, z.t, z.c), z.eps))
 
-
-@fast
 def test_tilt_is_the_fixed_point_of_amd_but_not_of_naive():
     """At w = 1, p_student ~ p_real exp(a / tau) and the fake that minimises Eq. 14, AMD's update is 0 for any s.
 
@@ -206,12 +181,10 @@ def test_tilt_is_the_fixed_point_of_amd_but_not_of_naive():
         g, _ = amd.gradient(amd.method(name), z, lambda x_t, t, c: real.expand(n, 2), fake, normalize=False)
         assert (g.abs().max() < 1e-9) == still
 
-
-@fast
 @shapes
 def test_forward_operator_and_its_inverses(shape):
     x, eps, c = double(*shape), double(*shape), torch.zeros(8)
-    t = torch.tensor([0, 1, 0.25, 0.5, 0.75, 0.9, 0.1, 0.3], dtype=torch.float64)
+    t = f64([0, 1, 0.25, 0.5, 0.75, 0.9, 0.1, 0.3])
     x_t = amd.renoise(x, t, eps)
     close(x_t[0], x[0])
     close(x_t[1], eps[1])
@@ -225,8 +198,6 @@ def test_forward_operator_and_its_inverses(shape):
     assert vp(torch.rand(4))[0].dtype == torch.float32
     close(amd.x0_from_eps(lambda x_t, t, c: eps, vp)(amd.renoise(x, t, eps, vp), t, c), x)
 
-
-@fast
 def test_displace_asks_once_and_in_order():
     calls = []
     def real(x_t, t, c):
@@ -246,8 +217,6 @@ def test_displace_asks_once_and_in_order():
     assert amd.displace(z.x, x_t, z.t, z.c, None, real, None, 1).fake is None
     assert len(calls) == 2 and len(calls[1][0]) == 8  # w = 1: no unconditional half
 
-
-@fast
 def test_eq25_to_eq28_forces():
     """Each is the gradient that autograd gives for the energy of the paper; no parameter gets a .grad."""
     z, truth = draw(), double(8, 2)
@@ -264,8 +233,6 @@ def test_eq25_to_eq28_forces():
     with torch.no_grad():
         assert amd.force(lambda x: x.square().sum(1), z.x).equal(2 * z.x)
 
-
-@fast
 @pytest.mark.parametrize("name", ["dmd", "dmd2", "dmdr"])
 def test_eq6_lam_weighs_the_energys_mean_in_the_loss(name):
     """grad of student_loss = H / numel + lam grad of mean energy; the normaliser leaves the force alone."""
@@ -278,11 +245,9 @@ def test_eq6_lam_weighs_the_energys_mean_in_the_loss(name):
     energy, = torch.autograd.grad(m.F_ext[1](x, z, closure, amd.flow).mean(), x)
     H = amd.H_std(d, None) / d.real.abs().mean(1, keepdim=True)
     close(got, H / 16 + 0.3 * energy)
-    with pytest.raises(ValueError, match="make it return"):
+    with pytest.raises(ValueError, match="make it"):
         amd.gradient(m, z, real, fake, closure=lambda *a: torch.zeros(8, 1).expand(8, 3))
 
-
-@fast
 @shapes
 def test_eq6_normaliser_is_per_sample_and_before_eq13(shape):
     z, null = draw(shape), lambda c: 0 * c
@@ -296,8 +261,6 @@ def test_eq6_normaliser_is_per_sample_and_before_eq13(shape):
     exact = lambda x_t, t, c: z.x  # d_real = 0
     assert amd.gradient(amd.method("dmd"), z, exact, affine(0.9))[0].isfinite().all()
 
-
-@fast
 def test_ddmd_takes_dm_and_ca_from_two_levels():
     z = draw()._replace(t_ca=torch.rand(8).double(), eps_ca=double(8, 2))
     calls = []
@@ -320,8 +283,6 @@ def test_ddmd_takes_dm_and_ca_from_two_levels():
     assert amd.METHODS["ddmd"].t is amd.cleaner and amd.joint(t, v, 0.5) == (t, None)
     assert amd.cleaner(t, v, 0.5)[1].max() <= 0.5 <= amd.noisier(t, v, 0.5)[1].min()
 
-
-@fast
 def test_table1_rows():
     """The columns as the paper prints them, and with every special part off one and the same update."""
     T, z = amd.METHODS, draw()
@@ -335,10 +296,8 @@ def test_table1_rows():
     for other in g[1:]:
         close(other, g[0])
 
-
-@fast
-def test_method_binds_and_checks():
-    d, a = displacements((8, 2)), torch.full((8, 1), 0.5).double()
+def test_method_binds_and_checks_and_blend_moves_weights():
+    d, a = amd.Displacements(*double(3, 8, 2), 3.0), torch.full((8, 1), 0.5).double()
     m = amd.method("amd", s=0.25, tau=2, lam=3, lam_d=4, unit_w=True)
     close(m.H(d, a), amd.H_amd(d, a, 0.25))
     close(amd.method("naive", s=0.25).H(d, a), amd.H_naive(d, a, 0.25))
@@ -349,35 +308,25 @@ def test_method_binds_and_checks():
     phi = amd.method("magic", fade=100).phi
     close([phi(0), phi(25), phi(50), phi(100), phi(1000)], [0.75, 0.375 * (1 + 0.5**0.5), 0.375, 0.0, 0.0])
     close(amd.method("dmdr").phi(5000), 0.375)
+    nets = [nn.Linear(3, 2) for _ in range(3)]
+    amd.blend(*nets, 0.25)
+    for p, p_real, p_fake in zip(*(net.parameters() for net in nets), strict=True):
+        close(p, 0.75 * p_real + 0.25 * p_fake, rtol=1e-6)
     for bad in (dict(s=1.1), dict(tau=0), dict(fade=0), dict(lam=-1), dict(lam_d=-1)):
         with pytest.raises(ValueError, match="choose"):
             amd.method("amd", **bad)
     with pytest.raises(ValueError, match="reward_forcing"):
         amd.method("amdd")
 
-
-@fast
-def test_blend_moves_the_weights():
-    net, real, fake = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
-    amd.blend(net, real, fake, 0.25)
-    close(net.weight, 0.75 * real.weight + 0.25 * fake.weight, rtol=1e-6)
-    close(net.bias, 0.75 * real.bias + 0.25 * fake.bias, rtol=1e-6)
-
-
-@fast
-def test_critic_loss():
+def test_critic_loss_is_binary_cross_entropy():
     z, real, D, calls = draw(), double(8, 2), nn.Linear(2, 1).double(), []
-    def logits(x_t, t, c):
-        calls.append(len(c))
-        return D(x_t)[:, 0] + t
+    logits = lambda x_t, t, c: (calls.append(len(c)), D(x_t)[:, 0] + t)[1]
     loss = amd.critic_loss(z, lambda c: real, logits)
-    on = [D(amd.renoise(x, z.t, z.eps))[:, 0] + z.t for x in (z.x, real)]
-    close(loss, F.binary_cross_entropy_with_logits(on[0], 0 * on[0]) + F.binary_cross_entropy_with_logits(on[1], 0 * on[1] + 1))
+    on = torch.cat([D(amd.renoise(x, z.t, z.eps))[:, 0] + z.t for x in (z.x, real)])
+    close(loss, 2 * F.binary_cross_entropy_with_logits(on, (torch.arange(16) >= 8).double()))
     loss.backward()
     assert calls == [16] and D.weight.grad is not None
 
-
-@fast
 def test_backward_simulation_by_hand():
     net, c, z, levels = nn.Linear(2, 2), torch.zeros(8), torch.randn(8, 2), [1.0, 0.6, 0.3]
     seen = []
@@ -396,16 +345,15 @@ def test_backward_simulation_by_hand():
         close(*(torch.autograd.grad(v.sum(), net.weight)[0] for v in (x, want)), rtol=1e-5)  # the exit's graph alone
         seen.clear()
 
-
-@fast
 def test_levels_are_shared_by_a_group_and_warped():
     draws = [amd.draw_levels(torch.Generator().manual_seed(1), 4000, 4, (0.1, 0.9), shift) for shift in (1.0, 5.0)]
     (t, v), (warped, _) = draws
     assert all(q.view(-1, 4).std(1).max() == 0 and len(q.unique()) > 990 for q in (t, v))
     assert 0.1 <= t.min() < 0.11 and 0.89 < t.max() <= 0.9 and 0 <= v.min() and v.max() < 1
     close(warped, (5 * t / (1 + 4 * t)).clamp(0.1, 0.9))
+    keys = {amd.key(*ints) for ints in [(0,), (1,), (0, 1), (1, 0), (0, 0), (0, 0, 1), (-1,), (12, 3), (1, 23), (123,)]}
+    assert len(keys) == 10 and all(0 <= k < 2**63 for k in keys)
     assert warped.max() == 0.9 and abs(t.mean() - 0.5) < 0.03 and abs(torch.corrcoef(torch.stack([t, v]))[0, 1]) < 0.1
-
 
 # ----------------------------------------------------------------------------------------- train, on small networks
 class Net(nn.Module):
@@ -418,7 +366,6 @@ class Net(nn.Module):
     def forward(self, x_t, t, c, head=False):
         h = self.body(torch.cat([x_t, t[:, None], c["y"][:, None]], 1)).tanh()
         return self.head(h)[:, 0] if head else self.out(h)
-
 
 def setting(B=8, seed=0, world=1, rank=0, accum=1, shard=lambda net: net):
     """Networks, optimizers and closures on which every method runs. The samples of fake iteration n are the same however
@@ -440,24 +387,19 @@ def setting(B=8, seed=0, world=1, rank=0, accum=1, shard=lambda net: net):
     generate = lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u)
     return (generate, real, fake, batch, *opts), closures, dict(student=student, fake=fake)
 
-
 def hashed(x):
     """Noise that depends on the sample alone, not on where it lies."""
     return torch.sin(999 * x.detach())
-
 
 def steps(method, count, accum=1, world=1, rank=0, shard=lambda net: net, start=0, **kw):
     args, closures, nets = setting(world=world, rank=rank, accum=accum, shard=shard)
     logs = amd.train(method, *args, **closures, **dict(dict(K=4, w=1.5, fake_steps=2, accum=accum), **kw))
     return [next(logs) for _ in range(count)], nets
 
-
 def weights(nets):
     full = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
     return {f"{k}.{name}": full(p.detach()) for k, net in nets.items() for name, p in net.named_parameters()}
 
-
-@fast
 def test_algorithm1_by_a_literal_loop():
     """Alg. 1, one sample at a time, with plain SGD; only the draws come from where train's docstring says."""
     B, K, s, w, lr, seed, tau = 8, 4, 0.7, 1.5, 0.1, 5, 0.8
@@ -512,8 +454,6 @@ def test_algorithm1_by_a_literal_loop():
     close(float(log["loss_fake"]), sum(losses) / 2)
     assert log["step"] == 1 and log["fake_step"] == 2 and log["skipped"] == 0
 
-
-@fast
 @pytest.mark.parametrize("name", amd.METHODS)
 def test_micro_batches_change_nothing(name, monkeypatch):
     """A group that spans two micro-batches, against one batch: the same weights and the same log, for every row."""
@@ -527,8 +467,6 @@ def test_micro_batches_change_nothing(name, monkeypatch):
             close(float(a[k]), float(b[k]), equal_nan=True)
     assert one[0].keys() == {"step", "fake_step", "skipped", *amd.LOGGED} and all(math.isfinite(v) for v in one[2].values())
 
-
-@fast
 def test_every_row_of_table1_is_a_method_of_its_own(monkeypatch):
     """Each of the eight ends three updates elsewhere; "noisier" is D-DMD's other reading."""
     bound = {k: amd.method(k, lam=0.2, fade=3) for k in amd.METHODS}
@@ -540,8 +478,6 @@ def test_every_row_of_table1_is_a_method_of_its_own(monkeypatch):
         for b in names[:i]:
             assert (ends[a] - ends[b]).abs().max() > 1e-6, (a, b)
 
-
-@fast
 def test_unit_w_and_the_log():
     (log, *_), _ = steps(amd.method("amd", tau=0.3, unit_w=True), 1)
     close(float(log["w_mean"]), 1.0)
@@ -551,21 +487,15 @@ def test_unit_w_and_the_log():
     log = next(amd.train(amd.method("dmd"), *args, K=1, fake_steps=1))
     assert math.isnan(log["reward"]) and float(log["ca_norm"]) == 0 < float(log["dm_norm"])
 
-
-@fast
 def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
     grads = []
-    def watched(c, u):
-        grads.append(torch.is_grad_enabled())
-        return args[0](c, u)
+    watched = lambda c, u: (grads.append(torch.is_grad_enabled()), args[0](c, u))[1]
     for accum, want in [(1, [True, False]), (2, [False, False, True, True, False, False])]:
         args, closures, _ = setting(accum=accum)
         next(amd.train(amd.method("amd"), watched, *args[1:], reward=closures["reward"], K=4, fake_steps=2, accum=accum))
         assert grads == want
         grads.clear()
 
-
-@fast
 def test_start_goes_on_where_a_run_stopped():
     m = amd.method("dmdr", lam=0.1, fade=4)
     _, whole = steps(m, 4)
@@ -576,8 +506,6 @@ def test_start_goes_on_where_a_run_stopped():
     for k, v in weights(whole).items():
         assert v.equal(weights(nets)[k])
 
-
-@fast
 @pytest.mark.parametrize("where", ["x", "loss", "gradient"])
 def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     args, closures, nets = setting()
@@ -603,8 +531,6 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     with pytest.raises(FloatingPointError, match="ten updates in a row"):
         [next(logs) for _ in range(4)]
 
-
-@fast
 @pytest.mark.parametrize("given, message", [
     (dict(name="amd", reward=None), "pass reward="), (dict(name="dmdr", lam=1, reward=None), "pass reward="),
     (dict(name="dmd", lam=1, truth=None), "pass truth="), (dict(name="dmd2", lam=1, truth=None), "pass truth="),
@@ -625,8 +551,6 @@ def test_train_says_what_is_wrong(given, message):
         next(amd.train(m, generate, given.pop("real"), given.pop("fake"), *rest, **given))
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
 
-
-@fast
 def test_update_clips_each_optimizer_and_steps_all_or_none():
     nets = [nn.Linear(3, 1, bias=False) for _ in range(2)]
     before = [net.weight.detach().clone() for net in nets]
@@ -639,14 +563,6 @@ def test_update_clips_each_optimizer_and_steps_all_or_none():
     close(before[0] - nets[0].weight.detach(), torch.tensor([[0.6, 0.8, 0]]), rtol=1e-4, atol=1e-6)
     close(before[1] - nets[1].weight.detach(), torch.tensor([[0.3, 0.4, 0]]), rtol=1e-4, atol=1e-6)
 
-
-@fast
-def test_keys_are_distinct_and_for_ever():
-    keys = {amd.key(*ints) for ints in [(0,), (1,), (0, 1), (1, 0), (0, 0), (0, 0, 1), (-1,), (12, 3), (1, 23), (123,)]}
-    assert len(keys) == 10 and all(0 <= k < 2**63 for k in keys)
-    assert amd.key(1, 2, 3) == random.Random("(1, 2, 3)").getrandbits(60)
-
-
 # ------------------------------------------------------------------------- what the large backbones will need of train
 class LoRA(nn.Module):
     """A Linear and a low-rank branch beside it."""
@@ -657,7 +573,7 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + x @ self.down.T @ self.up.T
 
-
+@slow
 def test_two_loras_on_one_frozen_base(tmp_path):
     """Student and fake are adapters on copies that share the base's storage; the base is the real teacher."""
     base = Net(0).requires_grad_(False)
@@ -667,18 +583,21 @@ def test_two_loras_on_one_frozen_base(tmp_path):
         net.body, net.out = LoRA(net.body), LoRA(net.out)
     assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
     opts = [torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2) for net in (student, fake)]
-    ema = amd.EMA(student, 0.9)
+    ema, averages = amd.EMA(student, 0.9), [torch.zeros(16, 2).double()]
     (_, _, _, batch, *_), closures, _ = setting()
     generate = lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u)
     logs = amd.train(amd.method("amd"), generate, base, fake, batch, *opts, reward=closures["reward"], K=4, fake_steps=2)
     for _ in range(3):
         next(logs)
         ema.update()
+        averages.append(0.9 * averages[-1] + 0.1 * student.body.up.detach())
+    close(ema.shadow["body.up"], averages[-1])
     assert all(v.equal(before[k]) for k, v in base.state_dict().items())
     ups = [net.body.up for net in (student, fake)]
     assert all(up.any() for up in ups) and not ups[0].equal(ups[1])
     assert ema.shadow.keys() == {f"{m}.{p}" for m in ("body", "out") for p in ("down", "up")}
     parts = dict(student=(student, opts[0], ema), fake=(fake, opts[1], None))
+    opts[0].state[ups[0]] |= dict(count=7, table=torch.arange(5).double())  # 8-bit optimizers keep such things
     amd.save(tmp_path, 3, **parts)
     assert not [k for k in amd.tensors(parts) if "linear" in k or "param_groups" in k]
     kept, kept_ema = ups[0].detach().clone(), ema.shadow["body.up"].clone()
@@ -688,18 +607,9 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     assert ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
     with torch.no_grad():
         ups[0].zero_(), ema.shadow["body.up"].zero_()
+    opts[0].state.clear()
     assert amd.load(tmp_path, **parts) == 3 and ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
-
-
-@fast
-def test_ema():
-    net = nn.Linear(2, 1)
-    ema, first = amd.EMA(net, 0.9), net.weight.detach().clone()
-    with torch.no_grad():
-        net.weight += 1
-    ema.update()
-    close(ema.shadow["weight"], first + 0.1, rtol=1e-6)
-
+    assert opts[0].state[ups[0]]["count"] == 7 and opts[0].state[ups[0]]["table"].equal(torch.arange(5).double())
 
 def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
     """A student that makes three blocks, each from what its cache holds of those before, a clean pass rewriting it."""
@@ -719,14 +629,11 @@ def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
                      reward=lambda x, c: x.mean((1, 2)))
     return [next(logs) for _ in range(3)], nets
 
-
-@fast
 def test_causal_rollout_with_and_without_checkpointing():
     plain, checkpointed = (weights(causal_steps(checkpoint=flag)[1]) for flag in (False, True))
     assert not plain["student.out.weight"].equal(Net(1).out.weight)
     for k, v in plain.items():
         close(v, checkpointed[k])
-
 
 # ---------------------------------------------------------------------------------------- real processes: Part II
 def launch(*command, ranks=1, **kw):
@@ -737,16 +644,14 @@ def launch(*command, ranks=1, **kw):
     return subprocess.Popen([*start, str(HERE / "test_amd.py"), *map(str, command)], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
-
 def finish(process):
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output[-3000:]
     return output
 
-
 LAM = dict(lam=0.2, tau=0.5, fade=3, unit_w=True)
 
-
+@slow
 def test_two_ranks_change_nothing(tmp_path, monkeypatch):
     """A group of 8 on 2 ranks x 2 micro-batches, plain and under FSDP2, against one process: every row, and a causal one."""
     finish(launch("span", tmp_path, ranks=2))
@@ -760,7 +665,6 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
             for k in ("reward", "adv_clip", "w_mean"):
                 close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 
-
 def span(out):
     amd.launch()
     rank, world = amd.ranks()
@@ -773,7 +677,6 @@ def span(out):
             if rank == 0:
                 torch.save(dict(weights=full, log=log), Path(out) / f"{name}_{kind}.pt")
     torch.distributed.destroy_process_group()
-
 
 def resumable(out, count, pause="0"):
     """A run as the scripts make one: it resumes, logs, averages and saves every second step."""
@@ -799,7 +702,7 @@ def resumable(out, count, pause="0"):
     if world > 1:
         torch.distributed.destroy_process_group()
 
-
+@slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_9_and_resume_is_exact(tmp_path, ranks):
     """Killed at a random moment after its first checkpoint, then resumed: the weights of an uninterrupted run, bit for bit."""
@@ -833,7 +736,7 @@ def test_kill_9_and_resume_is_exact(tmp_path, ranks):
         assert all(v.equal(a[k]) for k, v in (weights(nets) | ema.shadow).items())
         assert args[5].state[nets["fake"].body.weight]["step"] == 48 and args[5].state[nets["fake"].body.weight]["exp_avg"].any()
 
-
+@slow
 def test_bad_checkpoints_say_so(tmp_path):
     def parts(net):
         opt = torch.optim.AdamW(net.parameters())
@@ -854,7 +757,7 @@ def test_bad_checkpoints_say_so(tmp_path):
     with pytest.raises(ValueError, match="step_10 is damaged"):
         amd.load(tmp_path, **parts(nn.Linear(4, 4)))
 
-
+@slow
 def test_open_run_guards_what_is_there(tmp_path):
     out = amd.open_run(tmp_path / "run", dict(lr=1e-3, out=Path("x")))
     assert json.loads((out / "config.json").read_text())["config"] == dict(lr=1e-3, out="x")
@@ -866,17 +769,13 @@ def test_open_run_guards_what_is_there(tmp_path):
     with pytest.raises(OSError):
         amd.open_run(out / "config.json" / "sub", {})
 
-
 # ------------------------------------------------------------------------------------------------ files and scripts
-@fast
 def test_amd_imports_torch_and_the_standard_library_alone():
     tree = ast.parse((HERE / "amd.py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
-
-@fast
 def test_every_equation_is_cited_and_tested():
     cited = {int(n) for low, high in re.findall(r"Eq\. (\d+)(?:-(\d+))?", (HERE / "amd.py").read_text())
              for n in range(int(low), int(high or low) + 1)}
@@ -885,7 +784,7 @@ def test_every_equation_is_cited_and_tested():
     assert cited >= {*range(1, 15), 25, 26, 27, 28}
     assert cited - tested <= {5, 11}, "Def. 3.2 and an assumption: measured by toy2d.py --figure zone"
 
-
+@slow
 def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     assert blocks
@@ -893,12 +792,12 @@ def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=100)
 
-
+@slow
 def test_toy2d_makes_every_figure(tmp_path):
     small = "--steps 20 --fit 40 --batch 32 --group 8 --fake-steps 1 --seeds 2".split()
     subprocess.run([sys.executable, HERE / "toy2d.py", "--figure", "all", *small, "--out", tmp_path / "out"], check=True,
                    timeout=110)
-    names = {"shaping_selective", "zone", "naive", "ablation", "methods", "tilt"}
+    names = {"shaping", "zone", "naive", "ablation", "methods", "tilt"}
     assert {p.stem for p in (tmp_path / "out").iterdir()} == names
     for name in names:
         got = json.loads((tmp_path / f"out/{name}.json").read_text())
@@ -906,14 +805,14 @@ def test_toy2d_makes_every_figure(tmp_path):
         assert (tmp_path / f"out/{name}.png").stat().st_size > 10_000
     arms = json.loads((tmp_path / "out/methods.json").read_text())["arms"]
     assert arms.keys() == amd.METHODS.keys()
-    assert all(arms["amd"].keys() == set(toy().METRICS) and len(v) == 2 for v in arms["amd"].values())
-
+    assert arms["amd"].keys() == {*"off good bad modes tv sw2 reward zone spread".split()}
+    assert all(len(v) == 2 for v in arms["amd"].values())
 
 def toy():
     import toy2d  # needs matplotlib and tqdm, which the fast tests do without
     return toy2d
 
-
+@slow
 def test_toy2d_teacher_and_measures():
     """The exact teacher against an average over data; perfect samples against their own target."""
     lab, n = toy(), 400_000
@@ -934,7 +833,7 @@ def test_toy2d_teacher_and_measures():
     got = lab.measure(x + 1, "selective")
     assert got["off"] > 0.99 and got["zone"] > 0.99 and abs(got["sw2"] - 1) < 0.05  # a shift of sqrt(2) along half the axes
 
-
+@slow
 @pytest.mark.parametrize("flags, message", [("--s 2", "choose s in"), ("--group 7", "divides the batch"),
                                             ("--out {}/file/sub", "file"), ("--tau -1", "tau")])
 def test_toy2d_bad_input_is_one_line(tmp_path, flags, message):
@@ -942,7 +841,6 @@ def test_toy2d_bad_input_is_one_line(tmp_path, flags, message):
     flags = flags.format(tmp_path).split()
     got = subprocess.run([sys.executable, HERE / "toy2d.py", "--out", tmp_path, *flags], capture_output=True, text=True)
     assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
-
 
 def cost():
     """Print amd.train's time a step beside that of the network calls it needs, for networks of 10 to 20 ms a call."""
@@ -986,6 +884,9 @@ def cost():
     ratios = sorted(ratios[2:])
     print(f"a call {call * 1e3:.1f} ms; amd.train / bare calls: median {ratios[5]:.3f}, range {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
+for name, test in list(globals().items()):
+    if name.startswith("test_") and not hasattr(test, "slow"):
+        globals()[name] = pytest.mark.fast(test)
 
 if __name__ == "__main__":
     dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])
