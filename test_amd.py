@@ -4,6 +4,7 @@ python test_amd.py cost    prints what amd.train costs beside the bare network c
 """
 import ast
 import copy
+import inspect
 import json
 import math
 import os
@@ -52,8 +53,7 @@ def affine(scale, shift=0.0):
 @shapes
 def test_eq3_one_sgd_step_moves_x_by_g(shape):
     x, g = double(*shape).requires_grad_(), double(*shape)
-    opt = torch.optim.SGD([x], lr=x.numel())
-    before = x.detach().clone()
+    opt, before = torch.optim.SGD([x], lr=x.numel()), x.detach().clone()
     loss = amd.student_loss(x, g)
     loss.backward()
     opt.step()
@@ -102,12 +102,10 @@ def test_eq6_to_eq13_identities(shape):
         close(H(d, a, 0), amd.H_std(d, a))
         close(H(d, 0 * a, 1), amd.H_std(d, a))
         for s in (-0.01, 1.01, math.nan):
-            with pytest.raises(ValueError, match="choose s in"):
-                H(d, a, s)
+            with pytest.raises(ValueError, match="choose s in"): H(d, a, s)
 
 def test_eq12_values():
-    r = f64([0, 0, 0, 1, 5, 3, 5, 3])
-    close(amd.group_advantage(r, 4), f64([-(3**-0.5)] * 3 + [1, 1, -1, 1, -1]), rtol=1e-5)
+    close(amd.group_advantage(f64([0, 0, 0, 1, 5, 3, 5, 3]), 4), f64([-(3**-0.5)] * 3 + [1, 1, -1, 1, -1]), rtol=1e-5)
     close(amd.group_advantage(f64([0, 2e-5]), 2), f64([-1, 1]) / 1.1)
     close(amd.group_advantage(f64([0, 2]), 2, eps=3), f64([-1, 1]) / 4)
 
@@ -122,8 +120,8 @@ def test_eq12_invariances_and_groups():
     assert amd.group_advantage(r.float(), 8).dtype == torch.float32
 
 @pytest.mark.parametrize("level, spread, equal", [
-    (-3.7, 0, True), (0, 1.9e-6, True), (0, 2.1e-6, False), (2, 3.9e-6, True), (2, 4.1e-6, False), (-1000, 1.9e-3, True),
-    (-1000, 2.1e-3, False)])
+    (-3.7, 0, True), (0, 1.9e-6, True), (0, 2.1e-6, False), (2, 3.9e-6, True), (2, 4.1e-6, False),
+    (-1000, 1.9e-3, True), (-1000, 2.1e-3, False)])
 def test_eq12_equal_rewards_have_no_advantage(level, spread, equal):
     """Equal means a population std of at most 1e-6 max(1, |mean|): two rewards `spread` apart have spread / 2."""
     r = torch.tensor([level - spread / 2, level + spread / 2] * 4, dtype=torch.float64)
@@ -134,8 +132,7 @@ def test_eq12_equal_rewards_have_no_advantage(level, spread, equal):
 @pytest.mark.parametrize("r, K", [(f64([0] * 8), 1), (f64([0] * 8), 3), (f64([[0]] * 8), 2), (f64([0] * 8), -2),
                                   (f64([0, math.nan]), 2), (f64([0, math.inf]), 2)])
 def test_eq12_bad_input(r, K):
-    with pytest.raises(ValueError, match="choose K|mend the reward"):
-        amd.group_advantage(r, K)
+    with pytest.raises(ValueError, match="choose K|mend the reward"): amd.group_advantage(r, K)
 
 @shapes
 def test_eq14_is_the_weighted_loss_of_the_networks_own_prediction(shape):
@@ -145,7 +142,7 @@ def test_eq14_is_the_weighted_loss_of_the_networks_own_prediction(shape):
     close(amd.W_exp(a, 0.5), f64([math.e**2, 1, math.e**-2]))
     assert amd.W_one(a).equal(torch.ones_like(a))
     z, abar = draw(shape), torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
-    net, vp = lambda x_t, t, c: torch.tanh(x_t) + amd.like(t, x_t), amd.vp(abar)
+    net, vp = lambda x_t, t, c: torch.tanh(x_t) + amd.like(t + c, x_t), amd.vp(abar)
     def loss(prediction, target):
         return sum(z.weight[i] * (prediction[i] - target[i]).square().mean() for i in range(8)) / 8
     x_t = amd.renoise(z.x, z.t, z.eps)
@@ -168,8 +165,7 @@ def test_tilt_is_the_fixed_point_of_amd_but_not_of_naive():
     f = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     z = amd.Draw(torch.zeros(n), x, eps, a, p_student * density * amd.W_exp(a, tau), torch.full((n,), t).double())
     def fake(x_t, t, c): return f.expand(n, 2)
-    with torch.no_grad():
-        f.copy_(real)
+    with torch.no_grad(): f.copy_(real)
     grad, = torch.autograd.grad(amd.fake_loss(z, fake), f)
     close(grad, torch.zeros(2, dtype=torch.float64))  # so the ideal fake is the real teacher
     for name, still in (("amd", True), ("naive", False)):
@@ -192,6 +188,9 @@ def test_forward_operator_and_its_inverses(shape):
     close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64))
     assert vp(torch.rand(4))[0].dtype == torch.float32
     close(amd.x0_from_eps(lambda x_t, t, c: eps, vp)(amd.renoise(x, t, eps, vp), t, c), x)
+    for wrap in (amd.x0_from_flow, partial(amd.x0_from_eps, schedule=vp)):  # half precision ends at the network
+        half, rounded = lambda x_t, t, c: x_t.bfloat16(), lambda x_t, t, c: x_t.bfloat16().double()
+        assert wrap(half)(x, t, c).equal(wrap(rounded)(x, t, c))
 
 def test_displace_asks_once_and_in_order():
     calls = []
@@ -216,6 +215,7 @@ def test_displace_asks_once_and_in_order():
 def test_eq25_to_eq28_forces():
     """Each is the gradient that autograd gives for the energy of the paper; no parameter gets a .grad."""
     z, truth = draw(), double(8, 2)
+    with pytest.raises(ValueError, match="reward returned"): amd.ascent(z.x, z, lambda x, c: x, amd.flow)
     D = nn.Linear(2, 1).double()
     logits = lambda x_t, t, c: D(x_t)[:, 0]
     reward = lambda x, c: torch.sin(x).sum(1)
@@ -226,8 +226,7 @@ def test_eq25_to_eq28_forces():
     close(force(amd.adversarial, logits), -(1 - sigmoid) * (1 - z.t)[:, None] * D.weight)  # towards higher D
     close(force(amd.ascent, reward), -torch.cos(z.x))
     assert D.weight.grad is None and not z.x.requires_grad
-    with torch.no_grad():
-        assert amd.force(lambda x: x.square().sum(1), z.x).equal(2 * z.x)
+    with torch.no_grad(): assert amd.force(lambda x: x.square().sum(1), z.x).equal(2 * z.x)
 
 @pytest.mark.parametrize("name", ["dmd", "dmd2", "dmdr"])
 def test_eq6_lam_weighs_the_energys_mean_in_the_loss(name):
@@ -289,8 +288,7 @@ def test_table1_rows():
     assert len({row[:5] for row in T.values()}) == len(T) == 8
     kw = dict(null=lambda c: 0 * c, w=2.0)
     g = [amd.gradient(amd.method(k, s=0), z._replace(a=0 * z.a), affine(0.5, 1.0), affine(0.9), **kw)[0] for k in T]
-    for other in g[1:]:
-        close(other, g[0])
+    for other in g[1:]: close(other, g[0])
 
 def test_method_binds_and_checks_and_blend_moves_weights():
     d, a = amd.Displacements(*double(3, 8, 2), 3.0), torch.full((8, 1), 0.5).double()
@@ -309,10 +307,18 @@ def test_method_binds_and_checks_and_blend_moves_weights():
     for p, p_real, p_fake in zip(*(net.parameters() for net in nets), strict=True):
         close(p, 0.75 * p_real + 0.25 * p_fake, rtol=1e-6)
     for bad in (dict(s=1.1), dict(tau=0), dict(fade=0), dict(lam=-1), dict(lam_d=-1)):
-        with pytest.raises(ValueError, match="choose"):
-            amd.method("amd", **bad)
-    with pytest.raises(ValueError, match="reward_forcing"):
-        amd.method("amdd")
+        with pytest.raises(ValueError, match="choose"): amd.method("amd", **bad)
+    with pytest.raises(ValueError, match="magic, dmdr, amd, naive, reward_forcing"): amd.method("no")
+    amd.method("amd", s=1, fade=0.5, lam_d=0)
+    defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+    assert defaults(amd.method) == dict(s=0.5, tau=1.0, lam=0.0, lam_d=0.01, fade=10_000, unit_w=False)
+    given = defaults(amd.train)
+    assert given.pop("update").keywords == dict(clip=10.0) == defaults(amd.update)
+    assert given == dict(dict.fromkeys("reward null truth logits adapt".split()), K=8, w=1.0, schedule=amd.flow,
+                         shift=1.0, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5, accum=1, seed=0,
+                         start=0)
+    assert defaults(amd.fade) == dict(over=10_000) and defaults(amd.backward_simulation)["u"] == 1.0
+    assert defaults(amd.gradient) == dict(null=None, w=1.0, schedule=amd.flow, normalize=True, closure=None)
 
 def test_critic_loss_is_binary_cross_entropy():
     z, real, D, calls = draw(), double(8, 2), nn.Linear(2, 1).double(), []
@@ -441,47 +447,83 @@ def test_algorithm1_by_a_literal_loop():
                 total += 0 if v is None else v  # l. 19
         with torch.no_grad():
             for net, grads in ((G, grad_G), (psi, grad_psi)):  # l. 21-22
-                for p, v in zip(net.parameters(), grads, strict=True):
-                    p -= lr * v
+                for p, v in zip(net.parameters(), grads, strict=True): p -= lr * v
     for mine, theirs in ((G, nets["student"]), (psi, nets["fake"])):
-        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-            close(p, q)
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True): close(p, q)
     close(float(log["loss_fake"]), sum(losses) / 2)
     assert log["step"] == 1 and log["fake_step"] == 2 and log["skipped"] == 0
 
 @pytest.mark.parametrize("name", amd.METHODS)
 def test_micro_batches_change_nothing(name, monkeypatch):
-    """A group that spans two micro-batches, against one batch: the same weights and the same log, for every row."""
+    """A group that spans four micro-batches, against one batch: the same weights and the same log, for every row."""
     monkeypatch.setattr(torch, "randn_like", hashed)
     m = amd.method(name, lam=0.2, tau=0.5, fade=3, unit_w=True)
-    (one, nets), (two, same) = steps(m, 3, K=8), steps(m, 3, accum=2, K=8)
-    for k, v in weights(nets).items():
-        close(v, weights(same)[k])
+    (one, nets), (two, same) = steps(m, 3, K=8), steps(m, 3, accum=4, K=8)
+    for k, v in weights(nets).items(): assert_close(v, weights(same)[k], rtol=1e-9, atol=1e-9)
     for a, b in zip(one, two, strict=True):
-        for k in a:
-            close(float(a[k]), float(b[k]), equal_nan=True)
+        for k in a: assert_close(float(a[k]), float(b[k]), rtol=1e-7, atol=1e-9)
     assert one[0].keys() == {"step", "fake_step", "skipped", *amd.LOGGED}
     assert all(math.isfinite(v) for v in one[2].values())
 
 def test_every_row_of_table1_is_a_method_of_its_own(monkeypatch):
     """Each of the eight ends three updates elsewhere; "noisier" is D-DMD's other reading."""
     bound = {k: amd.method(k, lam=0.2, fade=3) for k in amd.METHODS}
-    bound["noisier"] = bound["ddmd"]._replace(t=amd.noisier)
+    bound |= dict(noisier=bound["ddmd"]._replace(t=amd.noisier), pure=amd.method("dmd"))
     ends = {k: weights(steps(m, 3)[1])["student.out.weight"] for k, m in bound.items()}
     ends["critic"] = weights(steps(bound["dmd2"]._replace(lam_d=1.0), 3)[1])["student.out.weight"]
     names = list(ends)
     for i, a in enumerate(names):
-        for b in names[:i]:
-            assert (ends[a] - ends[b]).abs().max() > 1e-6, (a, b)
+        for b in names[:i]: assert (ends[a] - ends[b]).abs().max() > 1e-6, (a, b)
 
 def test_unit_w_and_the_log():
-    (log, *_), _ = steps(amd.method("amd", tau=0.3, unit_w=True), 1)
+    log = steps(amd.method("amd", tau=0.3, unit_w=True), 1)[0][0]
     close(float(log["w_mean"]), 1.0)
-    (log, *_), _ = steps(amd.method("amd", tau=0.3), 1)
-    assert log["w_mean"] > 1.1 and 0 < log["adv_clip"] < 1 and log["reward_std"] > 0
     args, closures, _ = setting()
-    log = next(amd.train(amd.method("dmd"), *args, K=1, fake_steps=1))
+    r, a = [], []
+    reward = lambda x, c: (r.append(closures["reward"](x, c)), r[-1])[1]
+    log = next(amd.train(amd.method("amd", tau=0.3), *args, reward=reward, K=4))
+    groups = [v.view(2, 4) for v in r]
+    for g in groups:
+        a += [((v - v.mean()) / ((v - v.mean()).square().mean().sqrt() + 1e-6)).clamp(-1, 1) for v in g]
+    want = dict(reward=torch.stack(r).mean(), w_mean=(-torch.stack(a) / 0.3).exp().mean(), fake_step=5,
+                adv_clip=(torch.stack(a).abs() == 1).double().mean(),
+                reward_std=torch.stack([g.var(1, unbiased=False).sqrt().mean() for g in groups]).mean())
+    for k, v in want.items(): close(float(log[k]), float(v))
+    pure = amd.method("dmd")  # senses nothing: a reward is for the log, or missing
+    assert next(amd.train(pure, *args, reward=reward, K=1, fake_steps=1))["adv_clip"] == 0
+    assert next(amd.train(pure, *args, reward=reward, K=4, fake_steps=1))["adv_clip"] > 0
+    log = next(amd.train(pure, *args, K=1, fake_steps=1))
     assert math.isnan(log["reward"]) and float(log["ca_norm"]) == 0 < float(log["dm_norm"])
+    close(amd.rms(f64([[3, 4], [0, 0]])), f64(12.5**0.5 / 2))
+
+@pytest.mark.parametrize("name", ["ddmd", "dmd2"])
+def test_schedule_space_and_precision_reach_every_call(name):
+    """Under alpha = 1, sigma = 0 every network sees the clean sample, in float32 and at a float32 level."""
+    args, closures, nets = setting()
+    for net in nets.values(): net.float()
+    truth, seen = torch.rand(8, 2), []
+    still = lambda t: (torch.ones_like(t), torch.zeros_like(t))
+    def student(c, u):
+        x, t_G = amd.backward_simulation(nets["student"], c["z"], c, [1.0, 0.5], 1.0, still)
+        seen.append(x.detach().bfloat16().float())
+        return x.bfloat16(), t_G
+    def clean(x_t, t):
+        assert x_t.dtype == t.dtype == torch.float32 and len(x_t) == len(t)
+        assert all(v.equal(seen[-1]) or v.equal(truth) for v in x_t.detach().split(8))
+    def real(x_t, t, c): return clean(x_t, t) or x_t + c["y"][:, None]
+    def fake(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c)
+    def logits(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c, head=True)
+    batch = lambda n, j: {k: v.float() for k, v in args[3](n, j).items()}
+    log = next(amd.train(amd.method(name, lam=0.1), student, real, fake, batch, *args[4:], null=closures["null"], K=8,
+                         w=2.0, schedule=still, space="x0", truth=lambda c: truth, logits=logits, fake_steps=2))
+    assert log["skipped"] == 0 and len(seen) == 2
+
+def test_the_critic_descends_its_loss_at_rate_lam_d(monkeypatch):
+    args, closures, nets = setting()
+    monkeypatch.setattr(amd, "critic_loss", lambda *a: nets["fake"].head.weight.sum())
+    before, sgd = nets["fake"].head.weight.detach().clone(), torch.optim.SGD(nets["fake"].parameters(), 0.5)
+    next(amd.train(amd.method("dmd2", lam=0.1, lam_d=0.25), *args[:5], sgd, **closures, K=8, fake_steps=1))
+    close(nets["fake"].head.weight.detach(), before - 0.125)
 
 def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
     grads = []
@@ -494,39 +536,32 @@ def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
         grads.clear()
 
 def test_start_goes_on_where_a_run_stopped():
-    m = amd.method("dmdr", lam=0.1, fade=4)
-    _, whole = steps(m, 4)
-    args, closures, nets = setting()
+    m, (args, closures, nets) = amd.method("dmdr", lam=0.1, fade=4), setting()
     for start in (0, 2):
         logs = amd.train(m, *args, **closures, K=4, w=1.5, fake_steps=2, start=start)
         assert [next(logs)["step"] for _ in range(2)] == [start + 1, start + 2]
-    for k, v in weights(whole).items():
-        assert v.equal(weights(nets)[k])
+    assert all(v.equal(weights(nets)[k]) for k, v in weights(steps(m, 4)[1]).items())
 
 @pytest.mark.parametrize("where", ["x", "loss", "gradient"])
 def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
-    args, closures, nets = setting()
-    before, n = copy.deepcopy(weights(nets)), []
+    (generate, real, critic, *rest), closures, nets = setting()
+    before, n, kw = copy.deepcopy(weights(nets)), [], dict(reward=closures["reward"], K=4, fake_steps=3)
     def student(c, u):
-        n.append(0)
-        x, t_G = args[0](c, u)
-        return (x + (math.inf if where == "x" and len(n) <= 9 else 0)), t_G
+        x, t_G = generate(c, u)
+        return (x + math.inf if where == "x" and len(n) < 9 else x), n.append(0) or t_G
     def fake(x_t, t, c):
-        x0 = args[2](x_t, t, c)
-        if len(n) <= 9 and where == "loss" and x0.requires_grad:
-            return x0 * 1e200  # the square overflows, its gradient does not
-        if len(n) <= 9 and where == "gradient" and x0.requires_grad:
-            x0.register_hook(lambda g: g * math.nan)
-        return x0
-    kw = dict(reward=closures["reward"], K=4, fake_steps=3)
-    logs = amd.train(amd.method("amd"), student, args[1], fake, *args[3:], **kw)
-    rows = [next(logs) for _ in range(3)]
-    assert [row["skipped"] for row in rows] == [3, 6, 9]
+        x0 = critic(x_t, t, c)
+        if len(n) <= 9 and where == "gradient" and x0.requires_grad: x0.register_hook(lambda g: g * math.nan)
+        return x0 + (1e160 if len(n) <= 9 and where == "loss" else 0)  # its square overflows, the gradient does not
+    logs = amd.train(amd.method("amd"), student, real, fake, *rest, **kw)
+    assert [next(logs)["skipped"] for _ in range(3)] == [3, 6, 9]
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
     assert next(logs)["skipped"] == 9 and not weights(nets)["student.out.weight"].equal(before["student.out.weight"])
-    logs = amd.train(amd.method("amd"), lambda c, u: (args[0](c, u)[0] * math.nan, 1.0), *args[1:], **kw)
-    with pytest.raises(FloatingPointError, match="ten updates in a row"):
-        [next(logs) for _ in range(4)]
+    n.clear()
+    logs = amd.train(amd.method("amd"), lambda c, u: (n.append(0), generate(c, u)[0] * math.nan, 1.0)[1:], real, fake,
+                     *rest, **kw)
+    with pytest.raises(FloatingPointError, match="ten updates in a row"): [next(logs) for _ in range(4)]
+    assert len(n) == 10
 
 @pytest.mark.parametrize("given, message", [
     (dict(name="amd", reward=None), "pass reward="), (dict(name="dmdr", lam=1, reward=None), "pass reward="),
@@ -536,16 +571,19 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (dict(reward=lambda x, c: x), "reward returned"), (dict(reward=lambda x, c: x[:, 0] * math.nan), "mend the reward"),
     (dict(real=lambda x_t, t, c: x_t[:, :1]), "real returned"), (dict(fake=lambda x_t, t, c: x_t[:1]), "fake returned"),
     (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"),
+    (dict(name="dmd", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
+    (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
+    (dict(batch=lambda n, j: dict(y=torch.zeros(3 + 2 * j).double(), z=double(3 + 2 * j, 2)), accum=2), "equal micro"),
     (dict(name="dmd2", lam=1, logits=lambda x_t, t, c: x_t), "logits returned shape"),
 ])  # fmt: skip
 def test_train_says_what_is_wrong(given, message):
     args, closures, nets = setting()
-    generate, real, fake, *rest = args
-    given = dict(name="amd", K=4, w=1.0, lam=0.0, real=real, fake=fake) | closures | given
+    generate, real, fake, batch, *opts = args
+    given = dict(name="amd", K=4, w=1.0, lam=0.0, real=real, fake=fake, batch=batch) | closures | given
     m = amd.method(given.pop("name"), lam=given.pop("lam"))
     before = copy.deepcopy(weights(nets))
     with pytest.raises(ValueError, match=re.escape(message)):
-        next(amd.train(m, generate, given.pop("real"), given.pop("fake"), *rest, **given))
+        next(amd.train(m, generate, given.pop("real"), given.pop("fake"), given.pop("batch"), *opts, **given))
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
 
 def test_update_clips_each_optimizer_and_steps_all_or_none():
@@ -576,8 +614,7 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     base = Net(0).requires_grad_(False)
     before = copy.deepcopy(base.state_dict())
     student, fake = (copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]}) for _ in range(2))
-    for net in (student, fake):
-        net.body, net.out = LoRA(net.body), LoRA(net.out)
+    for net in (student, fake): net.body, net.out = LoRA(net.body), LoRA(net.out)
     assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
     opts = [torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2) for net in (student, fake)]
     ema, averages = amd.EMA(student, 0.9), [torch.zeros(16, 2).double()]
@@ -603,8 +640,7 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     assert ups[0].equal(kept_ema)
     ema.swap()
     assert ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
-    with torch.no_grad():
-        ups[0].zero_(), ema.shadow["body.up"].zero_()
+    with torch.no_grad(): ups[0].zero_(), ema.shadow["body.up"].zero_()
     opts[0].state.clear()
     assert amd.load(tmp_path, **parts) == 3 and ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
     assert opts[0].state[ups[0]]["count"] == 7 and opts[0].state[ups[0]]["table"].equal(torch.arange(5).double())
@@ -620,8 +656,7 @@ def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
         for i in range(3):
             past = dict(c, y=c["y"] + cache)
             x, t_G = amd.backward_simulation(run, c["z"].roll(i, 1), past, [1.0, 0.5], u)
-            with torch.no_grad():
-                cache = cache + student(x, 0 * c["y"], past).mean(1)
+            with torch.no_grad(): cache = cache + student(x, 0 * c["y"], past).mean(1)
             blocks.append(x)
         return torch.stack(blocks, 1), t_G
     logs = amd.train(amd.method("amd"), generate, frames(args[1]), frames(args[2]), *args[3:], K=8, fake_steps=2,
@@ -631,8 +666,7 @@ def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
 def test_causal_rollout_with_and_without_checkpointing():
     plain, checkpointed = (weights(causal_steps(checkpoint=flag)[1]) for flag in (False, True))
     assert not plain["student.out.weight"].equal(Net(1).out.weight)
-    for k, v in plain.items():
-        close(v, checkpointed[k])
+    for k, v in plain.items(): close(v, checkpointed[k])
 
 # ---------------------------------------------------------------------------------------- real processes: Part II
 def launch(*command, ranks=1, **kw):
@@ -659,8 +693,7 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
         logs, nets = causal_steps() if name == "causal" else steps(amd.method(name, **LAM), 3, K=8)
         for kind in ("plain", "sharded"):
             there = torch.load(tmp_path / f"{name}_{kind}.pt")
-            for k, v in weights(nets).items():
-                assert_close(there["weights"][k], v, rtol=1e-9, atol=1e-9)
+            for k, v in weights(nets).items(): assert_close(there["weights"][k], v, rtol=1e-9, atol=1e-9)
             for k in ("reward", "adv_clip", "w_mean"):
                 close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 
@@ -674,8 +707,7 @@ def span(out):
             kw |= {} if name == "causal" else dict(method=amd.method(name, **LAM), count=3, accum=2, K=8)
             logs, nets = (causal_steps if name == "causal" else steps)(**kw)
             log, full = {k: float(v) for k, v in logs[-1].items()}, weights(nets)
-            if rank == 0:
-                torch.save(dict(weights=full, log=log), Path(out) / f"{name}_{kind}.pt")
+            if rank == 0: torch.save(dict(weights=full, log=log), Path(out) / f"{name}_{kind}.pt")
     torch.distributed.destroy_process_group()
 
 def resumable(out, count, pause="0"):
@@ -691,29 +723,24 @@ def resumable(out, count, pause="0"):
     for row in amd.train(amd.method("dmd2", lam=0.1), *args, **closures, K=8, w=1.5, fake_steps=2, start=start):
         ema.update()
         log(row)
-        if row["step"] % 2 == 0:
-            amd.save(out, row["step"], **parts)
-        if row["step"] == int(count):
-            break
+        if row["step"] % 2 == 0: amd.save(out, row["step"], **parts)
+        if row["step"] == int(count): break
         time.sleep(float(pause))
     full = weights(nets) | {k: v.full_tensor() if world > 1 else v for k, v in ema.shadow.items()}
-    if rank == 0:
-        torch.save(full, out / "final.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    if rank == 0: torch.save(full, out / "final.pt")
+    if world > 1: torch.distributed.destroy_process_group()
 
 @slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_9_and_resume_is_exact(tmp_path, ranks):
-    """Killed at a random moment after its first checkpoint, then resumed: an uninterrupted run's weights, bit for bit."""
+    """Killed at random after its first checkpoint, then resumed: the weights of a run left alone, bit for bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     other = launch("resumable", whole, 24, ranks=ranks)
     process = launch("resumable", killed, 24, 0.1, ranks=ranks)
     while not list(killed.glob("checkpoints/step_*")) and process.poll() is None:
         time.sleep(0.01)
     time.sleep(random.random())
-    for rank in range(ranks):
-        os.kill(int(Path(f"{killed}_{rank}.pid").read_text()), signal.SIGKILL)
+    for rank in range(ranks): os.kill(int(Path(f"{killed}_{rank}.pid").read_text()), signal.SIGKILL)
     process.communicate()
     assert not (killed / "final.pt").exists()
     done = max(int(p.name[5:]) for p in killed.glob("checkpoints/step_*"))
@@ -739,14 +766,10 @@ def test_kill_9_and_resume_is_exact(tmp_path, ranks):
 
 @slow
 def test_bad_checkpoints_say_so(tmp_path):
-    def parts(net):
-        opt = torch.optim.AdamW(net.parameters())
-        return dict(student=(net, opt, None))
-    assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 0
+    parts = lambda net: dict(student=(net, torch.optim.AdamW(net.parameters()), None))
     net = nn.Linear(4, 4)
-    for step in (9, 10):
-        amd.save(tmp_path, step, **parts(net))
-    amd.save(tmp_path, 10, **parts(net))  # again
+    assert amd.load(tmp_path, **parts(net)) == 0
+    for step in (9, 10, 10): amd.save(tmp_path, step, **parts(net))
     assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     for foreign in (nn.Linear(4, 5), nn.Linear(4, 4, bias=False), nn.Sequential(nn.Linear(4, 4))):
         before = copy.deepcopy(foreign.state_dict())
@@ -755,20 +778,16 @@ def test_bad_checkpoints_say_so(tmp_path):
         assert "\n" not in str(error.value) and all(v.equal(before[k]) for k, v in foreign.state_dict().items())
     shard, = (tmp_path / "checkpoints/step_10").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ValueError, match="step_10 is damaged"):
-        amd.load(tmp_path, **parts(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="step_10 is damaged"): amd.load(tmp_path, **parts(nn.Linear(4, 4)))
 
 @slow
 def test_open_run_guards_what_is_there(tmp_path):
-    out = amd.open_run(tmp_path / "run", dict(lr=1e-3, out=Path("x")))
+    config, out = dict(lr=1e-3, out=Path("x")), amd.open_run(tmp_path / "run", dict(lr=1e-3, out=Path("x")))
     assert json.loads((out / "config.json").read_text())["config"] == dict(lr=1e-3, out="x")
-    assert amd.open_run(out, dict(lr=1e-3, out=Path("x")), resume=True) == out
-    with pytest.raises(ValueError, match="resume it"):
-        amd.open_run(out, dict(lr=1e-3, out="x"))
-    with pytest.raises(ValueError, match="lr 0.001 -> 0.002"):
-        amd.open_run(out, dict(lr=2e-3, out="x"), resume=True)
-    with pytest.raises(OSError):
-        amd.open_run(out / "config.json" / "sub", {})
+    assert amd.open_run(out, config, resume=True) == out
+    for changed, resume, message in ((config, False, "resume it"), (config | dict(lr=2e-3), True, "lr 0.001 -> 0.002")):
+        with pytest.raises(ValueError, match=message): amd.open_run(out, changed, resume)
+    with pytest.raises(OSError): amd.open_run(out / "config.json" / "sub", {})
 
 # ------------------------------------------------------------------------------------------------ files and scripts
 def test_amd_imports_torch_and_the_standard_library_alone():
@@ -791,13 +810,13 @@ def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     assert blocks
     (tmp_path / "amd.py").write_text((HERE / "amd.py").read_text())
-    for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=100)
+    for block in blocks: subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=100)
 
 @slow
 def test_toy2d_makes_every_figure(tmp_path):
     small = "--steps 20 --fit 40 --batch 32 --group 8 --seeds 2".split()
-    subprocess.run([sys.executable, HERE / "toy2d.py", "--figure", "all", *small, "--out", tmp_path / "out"], check=True)
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, HERE / "toy2d.py", "--figure", "all", *small, "--out", out], check=True)
     names = {"shaping", "zone", "naive", "ablation", "methods", "tilt"}
     assert {p.stem for p in (tmp_path / "out").iterdir()} == names
     for name in names:
@@ -809,16 +828,11 @@ def test_toy2d_makes_every_figure(tmp_path):
     assert arms["amd"].keys() == {*"off good bad modes tv sw2 reward zone spread".split()}
     assert all(len(v) == 2 for v in arms["amd"].values())
 
-def toy():
-    import toy2d  # needs matplotlib and tqdm, which the fast tests do without
-    return toy2d
-
 @slow
 def test_toy2d_teacher_and_measures():
     """The exact teacher against an average over data; perfect samples against their own target."""
-    lab, n = toy(), 400_000
-    torch.manual_seed(0)
-    y = torch.zeros(n).long() + 1
+    import toy2d as lab  # needs matplotlib and tqdm, which the fast tests do without
+    y = torch.ones(400_000).long()
     x = lab.real_samples(y)
     at, t = torch.tensor([[0.3, -0.2]]), 0.6
     weight = (-(at - (1 - t) * x).square().sum(1) / (2 * t * t)).softmax(0)
@@ -853,12 +867,10 @@ def cost():
                      lambda n, j: c, *opts, reward=lambda x, c: x[:, 0], K=8, fake_steps=2, null=lambda c: c, w=2.0)
     def bare():  # one student and two fake updates: rollouts, teachers, backward passes, AdamW
         loss = G(x).square().mean()
-        with torch.no_grad():
-            real(torch.cat([x, x])), fake(x)
+        with torch.no_grad(): real(torch.cat([x, x])), fake(x)
         loss.backward()
         for i in range(2):
-            with torch.no_grad():
-                G(x) if i else None
+            with torch.no_grad(): G(x) if i else None
             fake(x).square().mean().backward()
             for opt in opts[i:]:
                 torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 10.0)
@@ -866,16 +878,13 @@ def cost():
                 opt.zero_grad()
     def seconds(run, count):
         start = time.perf_counter()
-        for _ in range(count):
-            run()
+        for _ in range(count): run()
         return (time.perf_counter() - start) / count
     ratios = [seconds(lambda: next(logs), 5) / seconds(bare, 5) for _ in range(13)][2:]  # in turn: machines drift
     print(f"a call {1e3 * seconds(lambda: G(x), 10):.0f} ms; amd.train over bare calls: {sorted(ratios)[5]:.3f}, from "
           f"{min(ratios):.3f} to {max(ratios):.3f}")
 
 for name, test in list(globals().items()):
-    if name.startswith("test_") and not hasattr(test, "slow"):
-        globals()[name] = pytest.mark.fast(test)
+    if name.startswith("test_") and not hasattr(test, "slow"): globals()[name] = pytest.mark.fast(test)
 
-if __name__ == "__main__":
-    dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__": dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])

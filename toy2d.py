@@ -360,15 +360,15 @@ def study(job):
         def pull(net, t):  # -d_real, averaged over noise
             t, c = torch.full((len(at),), t), (torch.full((len(at),), 3),)
             return sum(net(amd.renoise(at, t, torch.randn_like(at)), t, c) - at for _ in range(64)) / 64
-        outside, arrows = energy(at) > limit, {
+        home, outside, arrows = MODES[nearest(at)[0]] - at, energy(at) > limit, {
             "teacher, t = 0.1": pull(denoise, 0.1),
             "external force": pull(denoise, 0.1) - amd.force(lambda x: -reward_of("global")(x, None), at),
             "more noise, t = 0.6": pull(denoise, 0.6),
             "teacher adapted, r = .75": pull(amd.x0_from_flow(mixed), 0.1)}
         for name, arrow in arrows.items():
-            cos = F.cosine_similarity(arrow, MODES[nearest(at)[0]] - at)[outside]
-            out[f"pull in Z_f, cos to the nearest mode, {name}"] = cos.mean().item()
-            out[f"pull in Z_f, length, {name}"] = arrow[outside].norm(dim=1).mean().item()
+            cos, size = F.cosine_similarity(arrow, home), arrow.norm(dim=1) / home.norm(dim=1)
+            out[f"pull in Z_f, cos to the nearest mode, {name}"] = cos[outside].mean().item()
+            out[f"pull in Z_f, over the distance, {name}"] = size[outside].mean().item()
     return out, dict(at=at, arrows=arrows, errors=errors)
 
 def by_energy(values):
