@@ -340,7 +340,7 @@ def study(job):
             push, size = [-(amd.H_std(v, None) * way).sum(1).mean() for v in d], [v.fake.norm(dim=1).mean() for v in d]
             out[f"push with W = 1, t = {level}"] = push[0].item()
             out[f"push gained by W = exp(-a), t = {level}"] = (push[1] - push[0]).item()
-            out[f"|d_fake| over that of W = 1, t = {level}"] = (size[1] / size[0]).item()
+            out[f"|d_fake| ratio, t = {level}"] = (size[1] / size[0]).item()
         points, errors, c = grid(161), {}, (torch.full((161 * 161,), 3),)
         for name, low, high in [("t in [.02, .98]", 0.02, 0.98)] + [(f"t = {t}", t, t) for t in (0.5, 0.2, 0.1, 0.05)]:
             errors[name] = 0
@@ -388,7 +388,7 @@ def zone(args):
     top[2].set(xscale="log", xlabel="E_real", title="mean error of the learned teacher")
     mean, half = torch.tensor([numbers[f"push gained by W = exp(-a), t = {t}"] for t in levels]).T
     top[3].errorbar(levels, mean, half, marker="o", capsize=3, label="push to the nearest rewarded mode, gained")
-    top[3].plot(levels, [numbers[f"|d_fake| over that of W = 1, t = {t}"][0] - 1 for t in levels], label="|d_fake|")
+    top[3].plot(levels, [numbers[f"|d_fake| ratio, t = {t}"][0] - 1 for t in levels], label="|d_fake|, ratio - 1")
     top[3].set(xlabel="noise level t", title="W = exp(-a) against W = 1", ylim=(None, 0.45))
     for ax, (name, arrow) in zip(bottom, fields["arrows"].items(), strict=True):
         plane(ax, f"{name}: cos {numbers[f'pull in Z_f, cos to the nearest mode, {name}'][0]:.2f}", (-E).exp())
