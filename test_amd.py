@@ -183,10 +183,9 @@ def test_forward_operator_and_its_inverses(shape):
     close(amd.x0_from_flow(lambda x_t, t, c: eps - x)(x_t, t, c), x)
     abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
     vp = amd.vp(abar)
-    alpha, sigma = vp(torch.arange(1001, dtype=torch.float64) / 1000)
-    close(alpha, torch.cat([abar, abar[-1:]]).sqrt())  # every i / N is index i, and t = 1 the last
-    close(alpha**2 + sigma**2, torch.ones(1001, dtype=torch.float64))
-    assert vp(torch.rand(4))[0].dtype == torch.float32
+    alpha, sigma = vp(torch.arange(1001) / 1000)  # in float32, where truncation errs
+    assert_close(alpha, torch.cat([abar, abar[-1:]]).sqrt().float())  # every i / N is index i, and t = 1 the last
+    assert_close(alpha**2 + sigma**2, torch.ones(1001))
     close(amd.x0_from_eps(lambda x_t, t, c: eps, vp)(amd.renoise(x, t, eps, vp), t, c), x)
     for wrap in (amd.x0_from_flow, partial(amd.x0_from_eps, schedule=vp)):  # half precision ends at the network
         half, rounded = lambda x_t, t, c: x_t.bfloat16(), lambda x_t, t, c: x_t.bfloat16().double()
@@ -335,17 +334,18 @@ def test_backward_simulation_by_hand():
     denoise = lambda x_t, t, c: (seen.append(t), net(x_t) * amd.like(t, x_t))[1]
     for u, k in [(0.0, 0), (0.33, 0), (0.34, 1), (0.67, 2), (0.999, 2), (1.0, 2)]:
         torch.manual_seed(3)
-        x, t_G = amd.backward_simulation(denoise, z, c, levels, u)
+        x, t_G = amd.backward_simulation(denoise, z, c, levels, u, lambda t: (1 - t**2, t))
         torch.manual_seed(3)
         x_t = z
         for i in range(k):
             with torch.no_grad():
-                x_t = (1 - levels[i + 1]) * net(x_t) * levels[i] + levels[i + 1] * torch.randn(8, 2)
+                x_t = (1 - levels[i + 1] ** 2) * net(x_t) * levels[i] + levels[i + 1] * torch.randn(8, 2)
         want = net(x_t) * levels[k]
         close(x, want, rtol=1e-5)
         assert t_G == levels[k] and len(seen) == k + 1 and seen[-1].shape == (8,)
         close(*(torch.autograd.grad(v.sum(), net.weight)[0] for v in (x, want)), rtol=1e-5)  # the exit's graph alone
         seen.clear()
+    assert amd.backward_simulation(lambda x_t, t, c: x_t * amd.like(t, x_t), z.bfloat16(), c, [1.0])[0].dtype == z.dtype
 
 def test_levels_are_shared_by_a_group_and_warped():
     draws = [amd.draw_levels(torch.Generator().manual_seed(1), 4000, 4, (0.1, 0.9), shift) for shift in (1.0, 5.0)]
@@ -530,7 +530,7 @@ def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
     watched = lambda c, u: (grads.append(torch.is_grad_enabled()), args[0](c, u))[1]
     for accum, want in [(1, [True, False]), (2, [False, False, True, True, False, False])]:
         args, closures, _ = setting(accum=accum)
-        kw = dict(reward=closures["reward"], K=4, fake_steps=2, accum=accum)
+        kw = dict(reward=closures["reward"], K=4, fake_steps=2, accum=accum, t_range=(0, 1))
         next(amd.train(amd.method("amd"), watched, *args[1:], **kw))
         assert grads == want
         grads.clear()
@@ -551,8 +551,9 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
         return (x + math.inf if where == "x" and len(n) < 9 else x), n.append(0) or t_G
     def fake(x_t, t, c):
         x0 = critic(x_t, t, c)
-        if len(n) <= 9 and where == "gradient" and x0.requires_grad: x0.register_hook(lambda g: g * math.nan)
-        return x0 + (1e160 if len(n) <= 9 and where == "loss" else 0)  # its square overflows, the gradient does not
+        if len(n) <= 9 and where != "x" and x0.requires_grad:
+            x0.register_hook(lambda g: g * (math.nan if where == "gradient" else 0))
+        return x0 + (1e160 if len(n) <= 9 and where == "loss" else 0)  # the square overflows, no gradient tells
     logs = amd.train(amd.method("amd"), student, real, fake, *rest, **kw)
     assert [next(logs)["skipped"] for _ in range(3)] == [3, 6, 9]
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
@@ -573,6 +574,7 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"), (dict(space="v"), "space out of"),
     (dict(t_range=(20, 980)), "t_range in [0, 1]"), (dict(t_range=(0.9, 0.1)), "t_range"), (dict(shift=0), "above 0"),
     (dict(accum=0), "above 0"), (dict(fake_steps=0), "above 0"), (dict(t_range=(-0.1, 1)), "t_range in"),
+    (dict(t_range=(0.5, 1.5)), "t_range"), (dict(t_range=(0.5, 0.5)), "t_range"), (dict(K=0), "above 0"),
     (dict(w=2.0, null=lambda c: dict(c, tag="no")), "use tensors"),
     (dict(name="dmd", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
     (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
