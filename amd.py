@@ -162,8 +162,7 @@ def fade(step, over=10_000): return 0.375 * (1 + cos(pi * min(step / over, 1))) 
 class Method(NamedTuple):
     """A column of Table 1: H(d, a), F_ext = (argument of `train`, energy that calls it), F_t, phi, W(a)."""
     H: Callable; F_ext: tuple[str, Callable] | None; t: Callable; phi: Callable; W: Callable
-    lam: float = 0.0; lam_d: float = 0.01  # weights of F_ext's energy (0 = off) and of critic_loss
-    unit_w: bool = False                   # divide W by its mean over the whole batch
+    lam: float = 0.0; lam_d: float = 0.01; unit_w: bool = False  # weights of F_ext, of critic_loss; W over its mean?
     senses = property(lambda m: m.H is not H_std or m.W is not W_one)  # does H or W read the advantage?
 
 METHODS = {                # H        F_ext                    F_t      phi    psi
@@ -234,6 +233,7 @@ def critic_loss(draw, truth, logits, schedule=flow):
 def backward_simulation(denoise, z, c, levels, u=1.0, schedule=flow):
     """Few-step generation from noise z (B, ...) down the levels to an exit (DMD2 Sec. 4.5) -> x (B, ...), its level.
     u in [0, 1) picks the exit, u = 1 the last one: the sampler. Only the exit step carries gradient."""
+    if not 1 >= levels[0] >= levels[-1] >= 0: raise ValueError(f"levels {levels}: choose falling levels in [0, 1]")
     k, z = min(int(u * len(levels)), len(levels) - 1), z.to(torch.promote_types(z.dtype, torch.float32))
     t, x_t = [z.new_full((len(z),), level) for level in levels], z
     with torch.no_grad():

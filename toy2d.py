@@ -72,9 +72,7 @@ class MLP(nn.Module):
     def forward(self, x, t, c):
         return self.out(self.features(x, t, c[0]))
 
-def loaded(weights):
-    (net := MLP()).load_state_dict(weights)
-    return net
+def loaded(weights): (net := MLP()).load_state_dict(weights); return net
 def descend(net, loss_of, lr, steps):
     """AdamW on loss_of(), the rate falling to 0 over the second half."""
     opt = torch.optim.AdamW(net.parameters(), lr, fused=True)
@@ -125,6 +123,7 @@ def distill(job):
                 opt.param_groups[0]["lr"] = lr * min(1.0, (1 - step / steps) / 0.8)
             next(logs)
             tick(step)
+    if len(levels) > 1: shots[-1] = amd.rollout(generate, c, 0.0, seed, grad=False)[0]  # what its first exit makes
     return shots
 
 def seeded(*ints): return torch.Generator().manual_seed(amd.key(*ints))
@@ -195,7 +194,7 @@ def spread(work, jobs, what):
         COUNT = context.Value("l", 0)
         POOL = context.Pool(os.cpu_count(), begin, (COUNT,))
     COUNT.value, results = 0, POOL.map_async(work, jobs, chunksize=1)
-    with tqdm(total=sum(job["steps"] for job in jobs), desc=what, unit="step", leave=False) as bar:
+    with tqdm(total=sum(job["steps"] for job in jobs), desc=what, leave=False, disable=None) as bar:
         while not results.ready():
             results.wait(0.5)
             bar.update(min(COUNT.value, bar.total) - bar.n)
@@ -280,7 +279,8 @@ def methods(args):
     figure, grid_of_axes = axes(2, 4)
     for ax, (name, runs) in zip(grid_of_axes.flat, results.items(), strict=True):
         plane(ax, name, points=runs[0][max(runs[0])], reward=args.reward)
-    return figure, dict(arms=table(results, args.reward), tau=tau, lam=lam)
+    first = {f"{name}, exit 1": [{0: shots[-1]} for shots in runs] for name, runs in results.items()}
+    return figure, dict(arms=table(results | first, args.reward), tau=tau, lam=lam)
 
 def tilt(args):
     """Slope of log p_student / p_real of a mode against its mean advantage, over the classes, for a linear reward."""
@@ -403,18 +403,18 @@ FIGURES = {"shaping": shaping, "zone": zone, "naive": naive, "ablation": ablatio
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, parser.error = parser.add_argument, lambda message: parser.exit(2, f"toy2d.py: {message}\n")
     add("--figure", choices=[*FIGURES, "all"], default="shaping")
     add("--reward", choices=list(GOOD), help="default: selective, for naive corner (Fig. 8)")
     add("--tau", type=float, help="temperature of W; default: 0.2 selective, 1 else; 0.5 for methods")
-    add("--s", type=float, default=0.5, help="sensitivity of Eq. 13, in [0, 1]")
-    add("--group", type=int, default=16, help="K, samples a group")
-    add("--batch", type=int, default=256, help="samples an update")
-    add("--steps", type=int, default=2000, help="student updates")
-    add("--fit", type=int, default=4000, help="steps of the flow-matching start")
+    add("--s", type=float, default=0.5, help="sensitivity of Eq. 13, in [0, 1], default 0.5")
+    add("--group", type=int, default=16, help="K, samples in a group, default 16")
+    add("--batch", type=int, default=256, help="samples in an update, default 256")
+    add("--steps", type=int, default=2000, help="student updates, default 2000")
+    add("--fit", type=int, default=4000, help="steps of the flow-matching start, default 4000")
     add("--seed", type=int, default=0, help="the first seed")
     add("--seeds", type=int, help="how many; default: 1 for shaping, 5 else")
-    add("--out", type=Path, default=Path("runs/toy2d"))
+    add("--out", type=Path, default=Path("runs/toy2d"), help="folder of the pictures and tables, default runs/toy2d")
     return parser.parse_args()
 
 def show(arms):
@@ -426,14 +426,14 @@ def show(arms):
 
 def main(args):
     amd.method("amd", s=args.s, tau=1.0 if args.tau is None else args.tau)  # bad values end here, before any work
-    amd.group_advantage(torch.zeros(args.batch), args.group)
     if min(args.batch, args.steps, args.fit, 1 if args.seeds is None else args.seeds) < 1:
         raise ValueError("choose --batch, --steps, --fit and --seeds of at least 1")
+    amd.group_advantage(torch.zeros(args.batch), args.group)
     args.out.mkdir(parents=True, exist_ok=True)
     for figure in FIGURES if args.figure == "all" else [args.figure]:
+        begun = time.time()
         reward, seeds = "corner" if figure == "naive" else "selective", 1 if figure == "shaping" else 5
-        begun, given = time.time(), dict(reward=args.reward or reward, seeds=args.seeds or seeds)
-        given = argparse.Namespace(**vars(args) | given)
+        given = argparse.Namespace(**vars(args) | dict(reward=args.reward or reward, seeds=args.seeds or seeds))
         picture, results = FIGURES[figure](given)
         picture.savefig(args.out / f"{figure}.png")
         results = dict(figure=figure, reward=given.reward, seed=[*range(args.seed, args.seed + given.seeds)],
