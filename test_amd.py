@@ -700,7 +700,7 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
             for k in ("reward", "adv_clip", "w_mean"):
                 close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 
-def span(out):
+def span(out):  # no destroy_process_group at its end: under gloo it can abort the process
     amd.launch()
     rank, world = amd.ranks()
     torch.randn_like = hashed
@@ -715,7 +715,6 @@ def span(out):
     student = lambda c, u: (noise.append(torch.rand(1, 3)), generate(c, u))[1]
     next(amd.train(amd.method("dmd"), student, *args, K=8, fake_steps=1))
     assert len(amd.gather(noise[0]).unique(dim=0)) == world, "every rank draws its own noise"
-    torch.distributed.destroy_process_group()
 
 def resumable(out, count, pause="0"):
     """A run as the scripts make one: it resumes, logs, averages and saves every second step."""
@@ -735,7 +734,6 @@ def resumable(out, count, pause="0"):
         time.sleep(float(pause))
     full = weights(nets) | {k: v.full_tensor() if world > 1 else v for k, v in ema.shadow.items()}
     if rank == 0: torch.save(full, out / "final.pt")
-    if world > 1: torch.distributed.destroy_process_group()
 
 @slow
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -814,13 +812,14 @@ def test_every_equation_is_cited_and_tested():
 @slow
 def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert blocks
+    assert len(blocks) == 2
     (tmp_path / "amd.py").write_text((HERE / "amd.py").read_text())
-    for block in blocks: subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, check=True)
+    assert (tmp_path / "runs/mine/checkpoints/step_10").exists()
 
 @slow
 def test_toy2d_makes_every_figure(tmp_path):
-    small = "--steps 20 --fit 40 --batch 32 --group 8 --seeds 2".split()
+    small = "--steps 4 --fit 20 --batch 32 --group 8 --seeds 2".split()
     out = tmp_path / "out"
     subprocess.run([sys.executable, HERE / "toy2d.py", "--figure", "all", *small, "--out", out], check=True)
     names = {"shaping", "zone", "naive", "ablation", "methods", "tilt"}
@@ -856,7 +855,7 @@ def test_toy2d_teacher_and_measures():
 
 @slow
 @pytest.mark.parametrize("flags, message", [("--s 2", "choose s in"), ("--group 7", "divides the batch"),
-                                            ("--out {}/file/sub", "file"), ("--tau -1", "tau")])
+                                            ("--out {}/file/sub", "file")])
 def test_toy2d_bad_input_is_one_line(tmp_path, flags, message):
     (tmp_path / "file").touch()
     flags = flags.format(tmp_path).split()
