@@ -89,7 +89,8 @@ def pair(a, b):
 
 @torch.no_grad()
 def displace(x, x_t, t, c, null, real, fake, w):
-    """Alg. 1 l. 12-13 at x_t (B, ...), t (B,): real once for c and null(c), or c alone if w = 1; fake may be None."""
+    """Alg. 1 l. 12-13: teachers queried at x_t (B, ...), t (B,) -> Displacements of x (B, ...). One call of real for c
+    and null(c), c alone if w = 1; fake may be None. ValueError: a teacher that does not return the shape of x."""
     if w == 1:
         cond = uncond = expect(real(x_t, t, c), x.shape, "real")
     else:
@@ -334,7 +335,7 @@ def train(method, student, real, fake, batch, opt_student, opt_fake, *, reward=N
             n, opts, norms = step * fake_steps + i, [opt_student, opt_fake][i > 0 :], torch.tensor(nan)
             shared = torch.Generator().manual_seed(key(seed, n))  # for what all ranks share
             u = torch.rand((), generator=shared).item()
-            conds, rolled, x = [batch(n, j) for j in range(accum)], None, None  # nor a skipped update's graph
+            conds, rolled, x = [batch(n, j) for j in range(accum)], None, None  # frees a skipped update's graph
             roll = [partial(rollout, student, c, u, key(seed, n, j, rank)) for j, c in enumerate(conds)]
             rolled = [f(grad=i == 0 and accum == 1) for f in roll]  # l. 3
             if sensed := sense(method, [x.detach() for x, *_ in rolled], conds, reward, K):  # l. 4-6, 17
@@ -399,15 +400,14 @@ def shard(net, blocks=(), dtype=torch.bfloat16):
     Compute in dtype (None: as stored), reduce in float32. Inputs are not cast, t must not become bf16: let the closure
     autocast. Never toggle requires_grad later (pytorch#186998). What is not sharded must begin alike on all ranks."""
     if ranks()[1] > 1:
-        for v in [*net.parameters(), *net.buffers()]:
-            dist.broadcast(v.data, 0)
+        for v in [*net.parameters(), *net.buffers()]: dist.broadcast(v.data, 0)
         policy = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
         for module in [*blocks, net]:  # the root reshards too, else weights read after a no-grad rollout are whole bf16
             fully_shard(module, mp_policy=policy, reshard_after_forward=True)
     return net
 
 class EMA:
-    """Running average of net's trained weights, sharded as they are; decay in [0, 1)."""
+    """Running average decay * average + (1 - decay) * weights of what net trains, sharded as it is; decay in [0, 1)."""
     def __init__(self, net, decay):
         self.decay, self.weights = decay, {k: p for k, p in net.named_parameters() if p.requires_grad}
         self.shadow = {k: p.detach().clone() for k, p in self.weights.items()}

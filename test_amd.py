@@ -700,7 +700,7 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
             for k in ("reward", "adv_clip", "w_mean"):
                 close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 
-def span(out):  # no destroy_process_group at its end: under gloo it can abort the process
+def span(out):
     amd.launch()
     rank, world = amd.ranks()
     torch.randn_like = hashed
@@ -827,6 +827,7 @@ def test_toy2d_makes_every_figure(tmp_path):
     for name in names:
         got = json.loads((tmp_path / f"out/{name}.json").read_text())
         assert got.keys() >= {"figure", "reward", "seed", "seconds", "arms"} and got["seed"] == [0, 1]
+        assert got["reward"] == dict(naive="corner", tilt="linear").get(name, "selective")
         assert (tmp_path / f"out/{name}.png").stat().st_size > 10_000
     arms = json.loads((tmp_path / "out/methods.json").read_text())["arms"]
     assert arms.keys() == {*amd.METHODS, *(f"{name}, exit 1" for name in amd.METHODS)}
@@ -892,4 +893,7 @@ def cost():
 for name, test in list(globals().items()):
     if name.startswith("test_") and not hasattr(test, "slow"): globals()[name] = pytest.mark.fast(test)
 
-if __name__ == "__main__": dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__":
+    dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown

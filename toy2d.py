@@ -308,7 +308,7 @@ def tilt(args):
     ax.set(xlabel="mean advantage of a mode, less its class's", ylabel="log p_student / p_real, less its class's",
            title="AMD tilts: p_student ~ p_real exp(a / tau)")
     ax.legend()
-    return figure, dict(arms=arms)
+    return figure, dict(arms=arms, reward="linear")
 
 def study(job):
     """A seed of `zone`: fakes of a perfect student, the learned teacher's errors, Eq. 11 -> numbers, fields to draw."""
@@ -437,9 +437,9 @@ def main(args):
         picture, results = FIGURES[figure](given)
         picture.savefig(args.out / f"{figure}.png")
         results = dict(figure=figure, reward=given.reward, seed=[*range(args.seed, args.seed + given.seeds)],
-                       seconds=round(time.time() - begun, 1), **results)
+                       seconds=round(time.time() - begun, 1)) | results
         (args.out / f"{figure}.json").write_text(json.dumps(results, indent=1))
-        print(f"\n{figure}, {given.reward} reward, {given.seeds} seed(s), {results['seconds']} s, in {args.out}")
+        print(f"\n{figure}, {results['reward']} reward, {given.seeds} seed(s), {results['seconds']} s, in {args.out}")
         show(results["arms"])
 
 if __name__ == "__main__":
