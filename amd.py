@@ -391,9 +391,9 @@ def launch():
 def gather(v):
     """v (b, ...) of every rank, of one shape -> (world * b, ...) in rank order."""
     if ranks()[1] == 1: return v
-    out = v.new_empty(ranks()[1] * len(v), *v.shape[1:])
-    dist.all_gather_into_tensor(out, v.contiguous())
-    return out
+    out = [torch.empty_like(v, memory_format=torch.contiguous_format) for _ in range(ranks()[1])]
+    dist.all_gather(out, v.contiguous())
+    return torch.cat(out)
 
 def shard(net, blocks=(), dtype=torch.bfloat16):
     """Rank 0's weights for all, then FSDP2 over blocks and the rest of net -> net; as it is on one process.
