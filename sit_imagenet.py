@@ -239,8 +239,8 @@ def progress(*given, **kw): return tqdm(*given, leave=False, disable=amd.ranks()
 def prepare(args, device):
     """Networks, optimizers and closures of a run."""
     teacher, decode, shape = backbone(args, device)
-    nets = {name: copy.deepcopy(teacher) for name in ("real", "student", "fake", "blended")}
-    if args.method not in ("dmdr", "magic"): del nets["blended"]  # the adapted teacher
+    names = ["student", "fake"] + ["blended"] * (args.method in ("dmdr", "magic"))  # the last is the adapted teacher
+    nets = {name: copy.deepcopy(teacher) for name in names} | dict(real=teacher)
     for name, net in nets.items():
         net.requires_grad_(name in ("student", "fake"))
         for block in net.blocks if args.compile else (): block.compile(dynamic=False)
@@ -264,29 +264,29 @@ def prepare(args, device):
 
 # ------------------------------------------------------------------------------------------------------------- training
 def variant(args, **kw): return argparse.Namespace(**vars(args) | kw)
+def begin(args): return amd.open_run(args.out, dict(vars(args), resume=None), args.resume)
 def train(args, device):
     """A.4: stage one, pure DMD in OUT/base, if there is no --init; stage two, --method; then OUT/student/sit.pt."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    if (args.out / "student/sit.pt").exists(): return begin(args)  # done; or of another run, and it says so
+    base = args.init or (args.out / "base" if args.base_steps else None)
+    if base != args.init: train(variant(args, out=base, method="dmd", base_steps=0, steps=args.base_steps), device)
     method = amd.method(args.method, args.s, args.tau, args.lam * (args.method == "dmdr"), unit_w=args.tau < 1)
-    out = amd.open_run(args.out, dict(vars(args), resume=None), args.resume)
-    if args.base_steps and not args.init:
-        args = variant(args, init=out / "base", resume=True)
-        train(variant(args, out=args.init, init=None, base_steps=0, method="dmd", steps=args.base_steps), device)
-    if (out / "student/sit.pt").exists(): return
-    run, steps, names = prepare(args, device), args.steps, ("reward", "g_norm", "sec")
-    if not (start := amd.load(out, **run.parts)) and args.init: amd.load(args.init, **run.parts)
+    run, out, steps = prepare(args, device), begin(args), args.steps
+    if not (start := amd.load(out, **run.parts)) and base: amd.load(base, **run.parts)
     for name in ("student", "samples"): (out / name).mkdir(exist_ok=True)
-    logs = run.train(method, start=start, reward=run.reward if args.init or method.senses else None)
+    logs = run.train(method, start=start, reward=run.reward if base or method.senses else None)
     log, bar = amd.Log(out, args.batch, start), progress(total=steps, initial=start, desc=out.name)
     for row in islice(logs, steps - start):
         run.ema.update(), bar.update()
         due = lambda every, step=row["step"]: step % every == 0 or step == steps
-        if due(args.log_every): bar.set_postfix({k: v for k, v in log(row).items() if k in names})
+        if due(args.log_every): bar.set_postfix({k: v for k, v in log(row).items() if k in ("reward", "g_norm")})
         if due(args.sample_every): show(args, run, out / f"samples/step_{row['step']}.png")
         if due(args.save_every): amd.save(out, row["step"], **run.parts)
     run.ema.swap()
     state = get_model_state_dict(run.nets["student"], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if amd.ranks()[0] == 0: torch.save(dict(ema=state), out / "student/sit.pt")
+    if amd.ranks()[0] == 0:  # a whole file or none
+        torch.save(dict(ema=state), out / "student/part"), (out / "student/part").rename(out / "student/sit.pt")
 @torch.no_grad()
 def show(args, run, path):
     """Samples by the student's average to a png; the presets measure --count of them, to a json beside it."""
@@ -301,7 +301,7 @@ def show(args, run, path):
 def sample(args, device):
     """--count images of a student to OUT/samples.npz; any number of processes share the chunks."""
     (net, decode, shape), (rank, world) = backbone(args, device), amd.ranks()
-    (chunks := amd.open_run(args.out, dict(vars(args), resume=None), args.resume) / "chunks").mkdir(exist_ok=True)
+    (chunks := begin(args) / "chunks").mkdir(exist_ok=True)
     y = torch.randint(net.classes, (args.count,), generator=seeded(args.seed))
     if args.labels == "balanced": y = torch.arange(args.count) % net.classes
     for k, part in progress([*enumerate(y.to(device).split(args.chunk))][rank::world]):
@@ -389,8 +389,8 @@ def measure(args, x, y):
     return compare(f, f_real, None, logits) | {k: v.mean().item() for k, v in told.items()}
 def lab(args, device):
     """Teacher, reward, judge; for each w a base of pure DMD, from it every arm with every seed; table and pictures."""
-    out, rows, runs = amd.open_run(args.out, dict(vars(args), resume=None), args.resume), {}, {}
-    args, (*_, x, y, classes) = variant(args, root=args.init or out), dataset(args.preset, args.data, args.image_size)
+    (*_, x, y, classes), out, rows, runs = dataset(args.preset, args.data, args.image_size), begin(args), {}, {}
+    args = variant(args, root=args.init or out)
     teacher = [fit(args, name, device) for name in ("reward", "judge", "teacher")][-1]
     rows["real, held out"] = [measure(args, x.to(device) / 127.5 - 1, y.to(device))]
     z, y = torch.randn(args.count, *x.shape[1:]).to(device), torch.arange(args.count, device=device) % classes
