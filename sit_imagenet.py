@@ -149,6 +149,7 @@ def backbone(args, device):
     """-> teacher, decode: latents -> images (B, C, H, W) in [-1, 1] and a little beyond, shape of a latent."""
     if args.fit: return (net := fit(args, "teacher", device)), nn.Identity(), (net.channels, *[args.image_size] * 2)
     if not (args.teacher or args.dry_run): raise ValueError("give --teacher, a file of SiT or REPA, or --preset digits")
+    torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     teacher = read_sit(args.teacher, args) if args.teacher else SiT(args.model, args.image_size // 8)
     for p in teacher.parameters() if args.dry_run else (): nn.init.normal_(p, std=0.02)
     from diffusers import AutoencoderKL
@@ -314,9 +315,9 @@ def sample(args, device):
     if rank == 0: np.savez(args.out / "samples", arr_0=np.concatenate([*map(np.load, sorted(chunks.glob("0*.npy")))]))
 def speed(args, device):
     """Print what an update takes beside the bare calls of the same networks that it needs, and the GPU's memory."""
-    from torch.utils.benchmark import Timer
-    clock = lambda call: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(5).mean
     run, off = prepare(args, device), torch.no_grad()
+    from torch.utils.benchmark import Timer  # it warns of a missing GPU
+    clock = lambda call: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(5).mean
     y, (G, real, fake) = run.batch(0, 0), map(run.call.get, ("student", "real", "fake"))
     x, t = run.generate(y)[0].detach(), torch.rand(len(y), device=device)
     sec = {name: clock(call) for name, call in dict(
@@ -390,12 +391,12 @@ def measure(args, x, y):
 def lab(args, device):
     """Teacher, reward, judge; for each w a base of pure DMD, from it every arm with every seed; table and pictures."""
     (*_, x, y, classes), out, rows, runs = dataset(args.preset, args.data, args.image_size), begin(args), {}, {}
-    args = variant(args, root=args.init or out)
+    args = variant(args, root=(root := args.init or out))
     teacher = [fit(args, name, device) for name in ("reward", "judge", "teacher")][-1]
     rows["real, held out"] = [measure(args, x.to(device) / 127.5 - 1, y.to(device))]
     z, y = torch.randn(args.count, *x.shape[1:]).to(device), torch.arange(args.count, device=device) % classes
     for w in args.w:
-        own = partial(variant, args, w=[w], resume=True, base_steps=0, init=args.root / f"base, w = {w:g}")
+        own = partial(variant, args, w=[w], resume=True, base_steps=0, seeds=None, arms=None, init=root / f"base {w:g}")
         train(own(out=own().init, init=None, method="dmd", steps=args.base_steps), device)
         x = torch.cat([solve(teacher, *part, w) for part in zip(z.split(500), y.split(500), strict=True)])
         rows[f"teacher, w = {w:g}"] = [measure(args, x, y)]
@@ -417,7 +418,7 @@ def lab(args, device):
 def plot(out, curves, steps, pictures):
     """curves.png: measures against student updates (Figs. 5, 6). samples.png: what each arm draws, in order."""
     from matplotlib.figure import Figure
-    from torchvision.io import decode_image, write_png
+    from PIL import Image
     figure = Figure(figsize=(13, 3), layout="constrained", dpi=120)
     for ax, k in zip(figure.subplots(1, 4), ("FD", "IS", "reward", "recall"), strict=True):
         for title, curve in curves.items():
@@ -425,7 +426,7 @@ def plot(out, curves, steps, pictures):
             ax.errorbar(steps, v.mean(1), v.std(1, correction=v.shape[1] > 1), label=title, capsize=2)
         ax.set(title=k, xlabel="student updates", yscale="log" if k == "FD" else "linear")
     ax.legend(fontsize=7), figure.savefig(out / "curves.png")
-    write_png(torch.cat([decode_image(path) for path in pictures], 1), out / "samples.png")
+    Image.fromarray(np.concatenate([Image.open(path) for path in pictures])).save(out / "samples.png")
 def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum fake_steps student_steps steps seeds count chunk log_every save_every sample_every".split()

@@ -270,9 +270,9 @@ def test_method_binds_and_checks_and_blend_moves_weights():
     assert defaults(amd.method) == dict(s=0.5, tau=1.0, lam=0.0, lam_d=0.01, fade=10_000, unit_w=False)
     given = defaults(amd.train)
     assert given.pop("update").keywords == dict(clip=10.0) == defaults(amd.update)
-    assert given == dict(dict.fromkeys("reward null truth logits adapt".split()), K=8, w=1.0, schedule=amd.flow,
-                         shift=1.0, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5, accum=1, seed=0,
-                         start=0)
+    assert given == dict.fromkeys("reward null truth logits adapt".split()) | dict(
+        K=8, w=1.0, schedule=amd.flow, shift=1.0, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5,
+        accum=1, seed=0, start=0)
     assert defaults(amd.fade) == dict(over=10_000) and defaults(amd.backward_simulation)["u"] == 1.0
     assert defaults(amd.gradient) == dict(null=None, w=1.0, schedule=amd.flow, normalize=True, closure=None)
 def test_critic_loss_is_binary_cross_entropy():
@@ -429,8 +429,7 @@ def test_unit_w_and_the_log():
     reward = lambda x, c: (r.append(closures["reward"](x, c)), r[-1])[1]
     log = next(amd.train(amd.method("amd", tau=0.3), *args, reward=reward, K=4))
     groups = [v.view(2, 4) for v in r]
-    for g in groups:
-        a += [((v - v.mean()) / ((v - v.mean()).square().mean().sqrt() + 1e-6)).clamp(-1, 1) for v in g]
+    for g in groups: a += [((v - v.mean()) / ((v - v.mean()).square().mean().sqrt() + 1e-6)).clamp(-1, 1) for v in g]
     a, std = torch.stack(a), torch.stack([g.var(1, unbiased=False).sqrt().mean() for g in groups]).mean()
     for k, v in dict(reward=torch.stack(r).mean(), w_mean=(-a / 0.3).exp().mean(), fake_step=5, reward_std=std,
                      adv_clip=(a.abs() == 1).double().mean()).items(): close(float(log[k]), float(v))
@@ -477,12 +476,6 @@ def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
         assert grads == want
         assert accum == 1 or noise[0].equal(noise[2]) and noise[1].equal(noise[3]) and not noise[0].equal(noise[1])
         grads.clear(), noise.clear()
-def test_start_goes_on_where_a_run_stopped():
-    m, (args, closures, nets) = amd.method("dmdr", lam=0.1, fade=4), setting()
-    for start in (0, 2):
-        logs = amd.train(m, *args, **closures, K=4, w=1.5, fake_steps=2, start=start)
-        assert [next(logs)["step"] for _ in range(2)] == [start + 1, start + 2]
-    assert all(v.equal(weights(nets)[k]) for k, v in weights(steps(m, 4)[1]).items())
 @pytest.mark.parametrize("where", ["x", "loss", "gradient"])
 def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (generate, real, critic, *rest), closures, nets = setting()
@@ -560,16 +553,13 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
     opts = [kind([p for p in net.parameters() if p.requires_grad], 1e-2)  # Adafactor's states have shapes of their own
             for kind, net in ((torch.optim.Adafactor, student), (torch.optim.AdamW, fake))]
-    ema, averages = amd.EMA(student, 0.9), [torch.zeros(16, 2).double()]
-    (_, _, _, batch, *_), closures, _ = setting()
-    generate = lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u)
-    kw = dict(reward=closures["reward"], K=4, fake_steps=2)
-    logs = amd.train(amd.method("amd"), generate, base, fake, batch, *opts, **kw)
+    ema, average, ((_, _, _, batch, *_), closures, _) = amd.EMA(student, 0.9), torch.zeros(16, 2).double(), setting()
+    logs = amd.train(amd.method("amd"), lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u), base,
+                     fake, batch, *opts, reward=closures["reward"], K=4, fake_steps=2)
     for _ in range(3):
-        next(logs)
-        ema.update()
-        averages.append(0.9 * averages[-1] + 0.1 * student.body.up.detach())
-    close(ema.shadow["body.up"], averages[-1])
+        next(logs), ema.update()
+        average = 0.9 * average + 0.1 * student.body.up.detach()
+    close(ema.shadow["body.up"], average)
     assert all(v.equal(before[k]) for k, v in base.state_dict().items())
     ups = [net.body.up for net in (student, fake)]
     assert all(up.any() for up in ups) and not ups[0].equal(ups[1])
@@ -578,13 +568,10 @@ def test_two_loras_on_one_frozen_base(tmp_path):
     amd.save(tmp_path, 3, **parts)
     assert not [k for k in amd.tensors(parts) if "linear" in k or "param_groups" in k]
     kept, kept_ema = ups[0].detach().clone(), ema.shadow["body.up"].clone()
-    ema.swap()
-    assert ups[0].equal(kept_ema)
-    ema.swap()
-    assert ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
+    assert ema.swap() or ups[0].equal(kept_ema)
+    assert ema.swap() or ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
     with torch.no_grad(): ups[0].zero_(), ema.shadow["body.up"].zero_()
-    states = copy.deepcopy(opts[0].state_dict()["state"])
-    opts[0].state.clear()
+    states = copy.deepcopy(opts[0].state_dict()["state"]); opts[0].state.clear()
     assert amd.load(tmp_path, **parts) == 3 and ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
     for i, fields in opts[0].state_dict()["state"].items():
         assert fields.keys() == states[i].keys() and all(torch.equal(v, states[i][k]) for k, v in fields.items())
@@ -633,8 +620,7 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
         for kind in ("plain", "sharded"):
             there = torch.load(tmp_path / f"{name}_{kind}.pt")
             for k, v in weights(nets).items(): assert_close(there["weights"][k], v, rtol=1e-9, atol=1e-9)
-            for k in ("reward", "adv_clip", "w_mean"):
-                close(there["log"][k], float(logs[-1][k]), equal_nan=True)
+            for k in ("reward", "adv_clip", "w_mean"): close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 def span(out):
     amd.launch()
     rank, world = amd.ranks()
@@ -650,57 +636,6 @@ def span(out):
     student = lambda c, u: (noise.append(torch.rand(1, 3)), generate(c, u))[1]
     next(amd.train(amd.method("dmd"), student, *args, K=8, fake_steps=1))
     assert len(amd.gather(noise[0]).unique(dim=0)) == world, "every rank draws its own noise"
-def resumable(out, count, pause="0"):
-    """A run as the scripts make one: it resumes, logs, averages and saves every second step."""
-    amd.launch()
-    Path(f"{out}_{amd.ranks()[0]}.pid").write_text(str(os.getpid()))
-    out, (rank, world) = amd.open_run(out, dict(count=count), resume=True), amd.ranks()
-    args, closures, nets = setting(world=world, rank=rank, shard=lambda net: amd.shard(net, [net.body], dtype=None))
-    ema = amd.EMA(nets["student"], 0.9)
-    parts = dict(student=(nets["student"], args[4], ema), fake=(nets["fake"], args[5], None))
-    start = amd.load(out, **parts)
-    log = amd.Log(out, 8, start)
-    for row in amd.train(amd.method("dmd2", lam=0.1), *args, **closures, K=8, w=1.5, fake_steps=2, start=start):
-        ema.update()
-        log(row)
-        if row["step"] % 2 == 0: amd.save(out, row["step"], **parts)
-        if row["step"] == int(count): break
-        time.sleep(float(pause))
-    full = weights(nets) | {k: v.full_tensor() if world > 1 else v for k, v in ema.shadow.items()}
-    if rank == 0: torch.save(full, out / "final.pt")
-@slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_9_and_resume_is_exact(tmp_path, ranks):
-    """Killed at random after its first checkpoint, then resumed: the weights of a run left alone, bit for bit."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    other = launch("resumable", whole, 24, ranks=ranks)
-    process = launch("resumable", killed, 24, 0.1, ranks=ranks)
-    while not list(killed.glob("checkpoints/step_*")) and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.random())
-    for rank in range(ranks): os.kill(int(Path(f"{killed}_{rank}.pid").read_text()), signal.SIGKILL)
-    process.communicate()
-    assert not (killed / "final.pt").exists()
-    done = max(int(p.name[5:]) for p in killed.glob("checkpoints/step_*"))
-    (killed / f"checkpoints/unfinished_{done + 2}").mkdir(exist_ok=True)  # what a kill while saving leaves
-    with (killed / "log.jsonl").open("a") as file:
-        file.write('{"step": 1')
-    finish(other)
-    finish(launch("resumable", killed, 24, ranks=ranks))
-    a, b = (torch.load(folder / "final.pt") for folder in (whole, killed))
-    assert a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
-    rows = [[json.loads(row) for row in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)]
-    assert [row["step"] for row in rows[1]] == list(range(1, 25))
-    for k in ("loss_fake", "reward", "g_norm"):
-        assert [row[k] for row in rows[0]] == [row[k] for row in rows[1]]
-    assert rows[0][0].keys() == {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
-    if ranks == 2:  # a checkpoint of two ranks, read by one
-        args, _, nets = setting()
-        ema = amd.EMA(nets["student"], 0.9)
-        assert amd.load(whole, student=(nets["student"], args[4], ema), fake=(nets["fake"], args[5], None)) == 24
-        assert all(v.equal(a[k]) for k, v in (weights(nets) | ema.shadow).items())
-        state = args[5].state[nets["fake"].body.weight]
-        assert state["step"] == 48 and state["exp_avg"].any()
 @slow
 def test_bad_checkpoints_say_so(tmp_path):
     parts = lambda net: dict(student=(net, torch.optim.AdamW(net.parameters()), None))
@@ -709,8 +644,7 @@ def test_bad_checkpoints_say_so(tmp_path):
     for step in (9, 10, 10): amd.save(tmp_path, step, **parts(net))
     assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     for foreign in (nn.Linear(4, 5), nn.Linear(4, 4, bias=False), nn.Sequential(nn.Linear(4, 4))):
-        with pytest.raises(ValueError, match="choose another folder") as error:
-            amd.load(tmp_path, **parts(foreign))
+        with pytest.raises(ValueError, match="choose another folder") as error: amd.load(tmp_path, **parts(foreign))
         assert "\n" not in str(error.value)
     shard, = (tmp_path / "checkpoints/step_10").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:100])
@@ -747,20 +681,16 @@ def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     assert (tmp_path / "runs/mine/checkpoints/step_10").exists()
 @slow
 def test_toy2d_makes_every_figure(tmp_path):
-    small = "--steps 4 --fit 20 --batch 32 --group 8 --seeds 2".split()
-    out = tmp_path / "out"
-    subprocess.run([sys.executable, HERE / "toy2d.py", "--figure", "all", *small, "--out", out], check=True)
-    names = {"shaping", "zone", "naive", "ablation", "methods", "tilt"}
-    assert {p.stem for p in (tmp_path / "out").iterdir()} == names
-    for name in names:
-        got = json.loads((tmp_path / f"out/{name}.json").read_text())
+    small = f"--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 2 --out {tmp_path}".split()
+    subprocess.run([sys.executable, HERE / "toy2d.py", *small], check=True)
+    for name in "shaping zone naive ablation methods tilt".split():
+        got = json.loads((tmp_path / f"{name}.json").read_text())
         assert got.keys() >= {"figure", "reward", "seed", "seconds", "arms"} and got["seed"] == [0, 1]
         assert got["reward"] == dict(naive="corner", tilt="linear").get(name, "selective")
-        assert (tmp_path / f"out/{name}.png").stat().st_size > 10_000
-    arms = json.loads((tmp_path / "out/methods.json").read_text())["arms"]
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    arms = json.loads((tmp_path / "methods.json").read_text())["arms"]
     assert arms.keys() == {*amd.METHODS, *(f"{name}, exit 1" for name in amd.METHODS)}
     assert arms["amd"].keys() == {*"off good bad modes tv sw2 reward zone spread".split()}
-    assert all(len(v) == 2 for v in arms["amd"].values())
 @slow
 def test_toy2d_teacher_and_measures():
     """The exact teacher against an average over data; perfect samples against their own target."""
@@ -782,21 +712,21 @@ def test_toy2d_teacher_and_measures():
     assert got["off"] > 0.99 and got["zone"] > 0.99 and abs(got["sw2"] - 1) < 0.05  # of (1, 1)
 @slow
 @pytest.mark.parametrize("script, flags, message", [
-    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides the batch"), ("toy2d", "--out {}/file/x", "file"),
+    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out {}/file/x", "--out"),
     ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
     ("sit_imagenet", "--teacher {}/file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
-    ("sit_imagenet", "--preset cifar10 --data {} --seeds 1", "has one class"), ("sit_imagenet", "--w 1 2", "choose one"),
-    ("sit_imagenet", "--init {}", "no run of this preset"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch")])
+    ("sit_imagenet", "--preset cifar10 --data {}/images", "has one class"), ("sit_imagenet", "--w 1 2", "choose one"),
+    ("sit_imagenet", "--init {}", "is no run"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch")])
 def test_bad_input_is_one_line(tmp_path, script, flags, message):
-    (tmp_path / "class").mkdir(), (tmp_path / "file").touch()
-    pytest.importorskip("PIL.Image").new("RGB", (4, 4)).save(tmp_path / "class/a.png")
-    command = [sys.executable, HERE / f"{script}.py", "--out", tmp_path / "out", *flags.format(*[tmp_path] * 2).split()]
+    (tmp_path / "images/class").mkdir(parents=True), (tmp_path / "file").touch()
+    pytest.importorskip("PIL.Image").new("RGB", (4, 4)).save(tmp_path / "images/class/a.png")
+    command = [sys.executable, HERE / f"{script}.py", "--out", tmp_path / "out", *flags.format(tmp_path).split()]
     got = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
-    assert not (tmp_path / "out/log.jsonl").exists()
+    assert not list(tmp_path.glob("out/*")) and not (tmp_path / "runs").exists(), "nothing is written before"
 # -------------------------------------------------------------------------------------------------- sit_imagenet.py
 def sit_by_hand(w, x, t, y, p, heads=2):
-    """SiT from its paper and the tensors of its files, in its own time and sign: x (B, 4, 8, 8) -> (B, outputs, 8, 8)."""
+    """SiT by its paper and the tensors of its files, in their time and sign: x (B, 4, 8, 8) -> (B, outputs, 8, 8)."""
     def linear(k, v): return v @ w(f"{k}.weight").T + w(f"{k}.bias")
     def modulated(v, shift, scale):
         v = (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
@@ -834,27 +764,27 @@ def test_sit_is_its_definition_and_its_files(tmp_path, p, outputs):
     pos = made.pos_embed[0].view(8 // p, 8 // p, 2, 2, 8)  # row, column, x or y, sin or cos, band
     for axis, at in ((0, 8 // p - 1), (1, 0)):  # the upper right corner
         assert_close(pos[0, -1, axis, 0], (at * 1e4 ** (-torch.arange(8) / 8)).sin())
-    for broken in (w | dict(more=w["pos_embed"]), {k: w[k] for k in w if k != "pos_embed"}, {k: w[k][:1] for k in w}):
+    for broken in (w | dict(more=w["pos_embed"]), {k: w[k] for k in w if "pos" not in k}, {k: w[k][:1] for k in w}):
         torch.save(broken, tmp_path / "sit.pt")
         with pytest.raises(ValueError, match="is no SiT tiny"): sit.read_sit(tmp_path / "sit.pt", args)
 @slow
 def test_dinov2_reads_four_layers_and_places_positions_as_its_authors():
     timm, sit = pytest.importorskip("timm"), __import__("sit_imagenet")
-    net = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, embed_dim=32, depth=5, num_heads=2).eval()
+    net = timm.create_model("vit_large_patch14_dinov2", num_classes=0, embed_dim=32, depth=5, num_heads=2).eval()
     with torch.no_grad():
         for q in net.parameters(): q.normal_(0, 0.2)
-        net.pos_embed[0, 1:] = torch.arange(37.0).repeat(37)[:, None]  # the column: bicubic keeps a line a line
+        net.pos_embed[0, 1:] = torch.arange(37.0).repeat(37)[:, None]  # the column; timm's own way is off by up to .2
     head, outs = nn.Linear(160, 1000), []
     logits = sit.dinov2(net, head)
     columns, middle = net.pos_embed[0, 1:, 0].view(16, 16), torch.arange(2, 14)
-    assert_close(columns[:, 2:14], ((middle + 0.5) * 37 / 16.1 - 0.5).expand(16, 12), rtol=0, atol=1e-3)
+    assert_close(columns[:, 2:14], ((middle + 0.5) * 37 / 16.1 - 0.5).expand(16, 12), rtol=0, atol=0.05)
     for block in net.blocks: block.register_forward_hook(lambda m, i, o: outs.append(net.norm(o)))
     image = torch.rand(2, 3, 224, 224)
-    got, mean, std = logits(image), torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    got, (mean, std) = logits(image), torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     assert_close(got, head(torch.cat([*(o[:, 0] for o in outs[1:]), outs[4][:, 1:].mean(1)], 1)), rtol=0, atol=1e-4)
-    net((image - mean[:, None, None]) / std[:, None, None])
+    net((image - mean) / std)
     assert_close(outs[9], outs[4])
-    close(sit.log_p(got, torch.tensor([3, 5])), -F.cross_entropy(got, torch.tensor([3, 5]), reduction="none"), rtol=1e-5)
+    close(sit.log_p(got, torch.arange(2)), -F.cross_entropy(got, torch.arange(2), reduction="none"), rtol=1e-5)
 @slow
 def test_measures_of_what_is_known():
     """FD of Gaussians in closed form, IS of known logits in runs of 5,000, coverage of clusters."""
@@ -864,14 +794,14 @@ def test_measures_of_what_is_known():
     scale, shift = torch.arange(1.0, 7).double(), torch.arange(6).double() / 2
     stats, want = dict(mu=shift.numpy(), sigma=torch.diag(scale**2).numpy()), (shift**2 + (scale - 1) ** 2).sum().item()
     assert abs(compare(f, f * scale + shift)["FD"] - want) < 1e-3 > abs(compare(f, None, stats)["FD"] - want)
-    y, x, wide = torch.arange(10_000) % 10, torch.randn(10_000, 2), torch.randn(100, 2023)
-    got = compare(wide, wide, None, 99 * F.one_hot(y[:100], 10))  # fewer samples than dimensions
+    y, x = torch.arange(10_000) % 10, torch.randn(50, 300)
+    got = compare(x, x, None, 99 * F.one_hot(y[:100], 10))  # fewer samples than dimensions
     assert abs(got["FD"]) < 1e-3 and abs(got["IS"] - 10) < 1e-3 and got["precision"] == got["recall"] == 1
     assert abs(compare(x, x, None, 99 * F.one_hot(y.sort().values, 10))["IS"] - 5) < 1e-3  # five classes in each run
     assert abs(compare(x, x, None, torch.ones(10_000, 10))["IS"] - 1) < 1e-3
-    line = torch.arange(100.0)[:, None]  # balls of radius 3
+    line = torch.arange(100.0)[:, None] * torch.tensor([[1.0, 0]])  # balls of radius 3
     got = compare(torch.cat([line[:40] * 0, line[:60] + 500]), line, None, line)
-    assert (got["precision"], got["recall"]) == (0.4, 0.01)
+    assert round(got["precision"], 6) == 0.4 and round(got["recall"], 6) == 0.01
 @slow
 def test_evaluate_reads_npz_and_folders_and_adms_statistics(tmp_path, monkeypatch, capsys):
     """The real Inception, its weights at random: a set against itself, and against statistics moved by a known way."""
@@ -896,29 +826,41 @@ def test_evaluate_reads_npz_and_folders_and_adms_statistics(tmp_path, monkeypatc
         run(a, b)
         got = json.loads(capsys.readouterr().out)
         assert abs(got["FID"] - fid) < 1e-3 and abs(got["sFID"]) < 1e-3 and got["precision"] == got["recall"] == 1
-    for a, message in (("none.npz", "arr_0"), ("empty", "one size"), ("folder/0.png", "one size"), ("half.npz", "one size")):
+    for a, message in [("empty", "one size"), ("folder/0.png", "one"), ("half.npz", "one"), ("none.npz", "arr_0")]:
         with pytest.raises(ValueError, match=message): run(a, "bare.npz")
 @slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sit_dry_run_survives_kill_9(tmp_path, ranks):
-    """Two stages, killed in the second, resumed: the student of a run left alone; any number of processes samples it."""
-    run = lambda out, *more, ranks=ranks: launch(*f"--dry-run tiny --save-every 1 --steps 12 --out {tmp_path}/{out}".split(),
-                                                 *more, ranks=ranks, script="sit_imagenet.py")
-    process, other = run("killed"), run("whole")
-    while not list(tmp_path.glob("killed/checkpoints/step_*")) and process.poll() is None: time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if ranks > 1 else [process.pid]
-    for pid in workers: os.kill(int(pid), signal.SIGKILL)
+def test_kill_9_and_resume_is_exact_and_any_ranks_sample(tmp_path, ranks):
+    """A dry run killed in its second stage, then resumed: the weights, averages and log of a run left alone."""
+    sit, load = __import__("sit_imagenet"), __import__("numpy").load
+    def run(out, *more, ranks=ranks):
+        flags = f"--dry-run tiny --save-every 2 --steps 12 --log-every 1 --chunk 4 --out {tmp_path}/{out}".split()
+        return launch(*flags, *more, ranks=ranks, script="sit_imagenet.py")
+    process, other, killed = run("killed"), run("whole"), tmp_path / "killed"
+    while not list(killed.glob("checkpoints/step_*")) and process.poll() is None: time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in children if ranks > 1 else [process.pid]: os.kill(int(pid), signal.SIGKILL)
     process.communicate(), finish(other)
-    assert not (tmp_path / "killed/student/sit.pt").exists()
+    assert not (killed / "student/sit.pt").exists()
+    (killed / "checkpoints/unfinished_99").mkdir()  # what a kill while saving leaves
+    with (killed / "log.jsonl").open("a") as file: file.write('{"step": 1')
     finish(run("killed", "--resume"))
     a, b = (torch.load(tmp_path / f"{name}/student/sit.pt")["ema"] for name in ("whole", "killed"))
     assert a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
-    assert {"config.json", "log.jsonl", "samples", "checkpoints", "base"} <= {p.name for p in (tmp_path / "killed").iterdir()}
+    rows = [[json.loads(row) for row in (tmp_path / f"{name}/log.jsonl").read_text().splitlines()]
+            for name in ("whole", "killed")]
+    assert [row["step"] for row in rows[1]] == list(range(1, 13))
+    for k in ("loss_fake", "reward", "g_norm"): assert [row[k] for row in rows[0]] == [row[k] for row in rows[1]]
+    assert rows[0][0].keys() == {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
+    alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), torch.device("cpu"))  # reads what two ranks wrote
+    assert amd.load(tmp_path / "whole", **alone.parts) == 12 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
+    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]
+    assert state["step"] == 28 and state["exp_avg"].any()  # two stages of 2 and 12 updates, two of the fake for each
     finish(run("images", "sample", "--teacher", tmp_path / "whole"))
-    images = (load := __import__("numpy").load)(tmp_path / "images/samples.npz")["arr_0"]
+    images = load(tmp_path / "images/samples.npz")["arr_0"]
     assert images.shape == (8, 64, 64, 3) and images.dtype == "uint8" and len({x.tobytes() for x in images}) == 8
-    (tmp_path / "images/chunks/000001.npy").unlink()
-    finish(run("images", "sample", "--teacher", tmp_path / "whole", "--resume", ranks=1))
+    (tmp_path / "images/chunks/000000.npy").unlink()
+    finish(run("images", "sample", "--teacher", tmp_path / "whole", "--resume", ranks=3 - ranks))
     assert (load(tmp_path / "images/samples.npz")["arr_0"] == images).all()
 @slow
 def test_sit_presets_run_every_arm(tmp_path):
@@ -965,6 +907,6 @@ for name, test in list(globals().items()):
     if name.startswith("test_") and not hasattr(test, "slow"): globals()[name] = pytest.mark.fast(test)
 
 if __name__ == "__main__":
-    dict(span=span, resumable=resumable, cost=cost)[sys.argv[1]](*sys.argv[2:])
+    dict(span=span, cost=cost)[sys.argv[1]](*sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown
