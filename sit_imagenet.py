@@ -55,7 +55,7 @@ def parse(argv=None):
     add("--dry-run", choices=["tiny", "full"], help="random weights: a test on a CPU, or speed and memory")
     path("--teacher", help="file of SiT's or REPA's weights; for sample: what to sample, also a run's folder")
     path("--init", help="a run from whose end stage two starts; presets: one whose networks and bases to share")
-    path("--data", help="cifar10: another labelled folder, DATA/class/*.png"), count("--image-size", help="pixels")
+    path("--data", help="presets: another labelled folder, DATA/class/*.png"), count("--image-size", help="pixels")
     add("--model", help="size/patch as XL/2, of S, B, L, XL and 2, 4, 8")
     add("--method", choices=[name for name in amd.METHODS if name != "dmd2"], default="amd", help="of stage two")
     number("--s", default=0.5, help="of Eq. 13, 0 = off"), number("--tau", default=1.0, help="of W(a), inf = off")
@@ -135,7 +135,7 @@ def read_sit(path, args):
         raise ValueError(f"{path} is no SiT {args.model} at {args.image_size} px ({error!s:.130})") from error
     return net
 def bf16(x): return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
-def denoiser(net): return amd.x0_from_flow(bf16(net.pos_embed)(net))
+def denoiser(net): return amd.x0_from_flow(bf16(net.pos_embed)(net.__call__))
 def seeded(*ints): return torch.Generator().manual_seed(amd.key(*ints))
 def levels(args): return [1 - i / args.student_steps for i in range(args.student_steps)]  # of the student's sampler
 @torch.no_grad()
@@ -207,7 +207,7 @@ def compare(f, real, stats=None, logits=None):
 def read_images(path):
     """A folder of images or an npz -> (N, H, W, 3) uint8, other arrays of the npz. ValueError: no such images."""
     from PIL import Image
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".png", ".jpg"))
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     try: arrays = dict(arr_0=np.stack([Image.open(p).convert("RGB") for p in files])) if files else dict(np.load(path))
     except (ValueError, EOFError, TypeError, IsADirectoryError) as error:
         raise ValueError(f"{path}: give an npz, as of sample, or a folder of png, jpg of one size ({error})") from None
@@ -339,10 +339,10 @@ def speed(args, device):
 @cache
 def dataset(preset, data, size):
     """-> images (N, C, H, W) uint8 and classes (N,) to train on, a fifth of both held out, number of classes."""
-    if preset == "digits":
+    if preset == "digits" and not data:
         from sklearn.datasets import load_digits
         x, y = map(torch.from_numpy, load_digits(return_X_y=True))
-        x = (x * 255 / 16).round().byte().view(-1, 1, 8, 8)
+        x = F.interpolate((x * 255 / 16).view(-1, 1, 8, 8), (size, size)).round().byte()
     else:
         from torchvision.datasets import CIFAR10, ImageFolder
         from torchvision.transforms import v2

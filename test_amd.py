@@ -27,12 +27,10 @@ from torch.testing import assert_close
 import amd
 
 HERE = Path(__file__).parent
-
 def slow(test): test.slow = True; return test  # all others are marked fast, at the end of the file
 shapes = pytest.mark.parametrize("shape", [(8, 2), (8, 3, 4, 4), (8, 2, 3, 4, 4)])
 f64, double = partial(torch.tensor, dtype=torch.float64), partial(torch.randn, dtype=torch.float64)
 close = partial(assert_close, rtol=1e-9, atol=1e-12)
-
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
 def draw(shape=(8, 2), **fields):
@@ -73,10 +71,8 @@ def test_eq1_eq2_eq4_eq18_gradient_of_the_potential_and_exact_score_difference(s
     assert not g.requires_grad and not d.fake.requires_grad
 def test_eq7_to_eq10_eq13_by_hand():
     d, a = amd.Displacements(f64([[3]]), f64([[1]]), f64([[2]]), 4.0), f64([[0.5]])
-    assert (d.real.item(), d.dm.item(), d.ca.item()) == (9, 1, 6)
-    assert amd.H_std(d, a).item() == 7
-    assert amd.H_naive(d, a).item() == 1.25 * 9 - 0.75 * 2
-    assert amd.H_amd(d, a).item() == 0.75 * 1 + 1.25 * 6
+    assert (d.real.item(), d.dm.item(), d.ca.item()) == (9, 1, 6) and amd.H_std(d, a).item() == 7
+    assert amd.H_naive(d, a).item() == 1.25 * 9 - 0.75 * 2 and amd.H_amd(d, a).item() == 0.75 * 1 + 1.25 * 6
     close(amd.H_rf(d, a).item(), math.e * 7)
 @shapes
 def test_eq6_to_eq13_identities(shape):
@@ -274,7 +270,6 @@ def test_method_binds_and_checks_and_blend_moves_weights():
         K=8, w=1.0, schedule=amd.flow, shift=1.0, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5,
         accum=1, seed=0, start=0)
     assert defaults(amd.fade) == dict(over=10_000) and defaults(amd.backward_simulation)["u"] == 1.0
-    assert defaults(amd.gradient) == dict(null=None, w=1.0, schedule=amd.flow, normalize=True, closure=None)
 def test_critic_loss_is_binary_cross_entropy():
     z, real, D, calls = draw(), double(8, 2), nn.Linear(2, 1).double(), []
     logits = lambda x_t, t, c: (calls.append(len(c)), D(x_t)[:, 0] + t)[1]
@@ -340,9 +335,7 @@ def setting(B=8, seed=0, world=1, rank=0, accum=1, shard=lambda net: net):
     )
     generate = lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u)
     return (generate, real, fake, batch, *opts), closures, dict(student=student, fake=fake)
-def hashed(x):
-    """Noise that depends on the sample alone, not on where it lies."""
-    return torch.sin(999 * x.detach())
+def hashed(x): return torch.sin(999 * x.detach())  # noise that depends on the sample alone, not on where it lies
 def steps(method, count, accum=1, world=1, rank=0, shard=lambda net: net, start=0, **kw):
     args, closures, nets = setting(world=world, rank=rank, accum=accum, shard=shard)
     logs = amd.train(method, *args, **closures, **dict(dict(K=4, w=1.5, fake_steps=2, accum=accum), **kw))
@@ -546,8 +539,7 @@ class LoRA(nn.Module):
 @slow
 def test_two_loras_on_one_frozen_base(tmp_path):
     """Student and fake are adapters on copies that share the base's storage; the base is the real teacher."""
-    base = Net(0).requires_grad_(False)
-    before = copy.deepcopy(base.state_dict())
+    before = copy.deepcopy((base := Net(0).requires_grad_(False)).state_dict())
     student, fake = (copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]}) for _ in range(2))
     for net in (student, fake): net.body, net.out = LoRA(net.body), LoRA(net.out)
     assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
@@ -577,9 +569,8 @@ def test_two_loras_on_one_frozen_base(tmp_path):
         assert fields.keys() == states[i].keys() and all(torch.equal(v, states[i][k]) for k, v in fields.items())
 def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
     """A student that makes three blocks, each from what its cache holds of those before, a clean pass rewriting it."""
-    args, closures, nets = setting(world=world, rank=rank, shard=shard)
-    frames = lambda net: lambda x_t, t, c: torch.stack([net(x, t, c) for x in x_t.unbind(1)], 1)
-    student = nets["student"]
+    args, _, nets = setting(world=world, rank=rank, shard=shard)
+    frames, student = lambda net: lambda x_t, t, c: torch.stack([net(x, t, c) for x in x_t.unbind(1)], 1), nets["student"]
     run = partial(torch.utils.checkpoint.checkpoint, student, use_reentrant=False) if checkpoint else student
     def generate(c, u):
         blocks, cache = [], 0 * c["y"]
@@ -607,8 +598,6 @@ def launch(*command, ranks=1, script="test_amd.py", **kw):
 def finish(process):
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output[-3000:]
-    return output
-
 LAM = dict(lam=0.2, tau=0.5, fade=3, unit_w=True)
 @slow
 def test_two_ranks_change_nothing(tmp_path, monkeypatch):
@@ -622,9 +611,7 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
             for k, v in weights(nets).items(): assert_close(there["weights"][k], v, rtol=1e-9, atol=1e-9)
             for k in ("reward", "adv_clip", "w_mean"): close(there["log"][k], float(logs[-1][k]), equal_nan=True)
 def span(out):
-    amd.launch()
-    rank, world = amd.ranks()
-    torch.randn_like = hashed
+    _, (rank, world), torch.randn_like = amd.launch(), amd.ranks(), hashed
     for kind, shard in (("plain", lambda net: net), ("sharded", lambda net: amd.shard(net, [net.body], dtype=None))):
         for name in [*amd.METHODS, "causal"]:
             kw = dict(world=world, rank=rank, shard=shard)
