@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ PRESETS = {  # fit: updates and learning rate of the teacher, of the reward, of 
     "imagenet": dict(model="XL/2", image_size=256, batch=512, lr=2e-5, fake_lr=2e-5, fake_steps=5, ema=0.99,
                      base_steps=3000, steps=1000, sample_every=250, count=50_000, fit=None),
     "digits": dict(model="digits/2", image_size=8, batch=64, lr=3e-4, fake_lr=6e-4, fake_steps=3, ema=0.95, steps=100,
-                   base_steps=200, sample_every=25, count=2000, fit=((1500, 1e-3), (100, 3e-3), (400, 3e-3))),
+                   base_steps=200, sample_every=25, count=2000, w=[1.0], fit=((1500, 1e-3), (100, 3e-3), (400, 3e-3))),
     "cifar10": dict(model="cifar10/2", image_size=32, batch=256, lr=5e-5, fake_lr=5e-5, fake_steps=3, ema=0.99,
                     base_steps=600, steps=300, sample_every=75, count=10_000,
                     fit=((5600, 6e-4), (2000, 3e-3), (2000, 3e-3))),
@@ -59,7 +60,7 @@ def parse(argv=None):
     add("--model", help="size/patch as XL/2, of S, B, L, XL and 2, 4, 8")
     add("--method", choices=[name for name in amd.METHODS if name != "dmd2"], default="amd", help="of stage two")
     number("--s", default=0.5, help="of Eq. 13, 0 = off"), number("--tau", default=1.0, help="of W(a), inf = off")
-    number("--w", nargs="+", default=[1.25], help="CFG scale, 1 = off; presets: also many"), count("--accum", default=1)
+    number("--w", nargs="+", help="CFG scale, 1 = off, default 1.25; presets: or many"), count("--accum", default=1)
     count("--group", default=8, help="K"), number("--lam", default=0.05, help="weight of dmdr's reward (DMDR's own)")
     count("--batch", help="samples of an update, all ranks (A.4: 512)"), count("--fake-steps", help="(DMDR: 5)")
     number("--lr", help="of the student (A.4: 2e-5)"), number("--fake-lr", help="of the fake teacher")
@@ -74,7 +75,7 @@ def parse(argv=None):
     path("--samples", help="evaluate: npz or folder of images"), path("--ref", help="the same, real ones")
     args = parser.parse_args(argv)
     name = "tiny" if args.dry_run == "tiny" else args.preset
-    defaults = PRESETS[name] | dict(out=Path("runs", "samples" if args.task == "sample" else name))
+    defaults = dict(w=[1.25], out=Path("runs", "samples" if args.task == "sample" else name)) | PRESETS[name]
     return argparse.Namespace(**defaults | {k: v for k, v in vars(args).items() if v is not None or k not in defaults})
 
 # ------------------------------------------------------------------------------------------------------------ backbone
@@ -206,7 +207,6 @@ def compare(f, real, stats=None, logits=None):
     return got | dict(IS=sum(scores) / len(scores), precision=balls["precision"], recall=balls["recall"])
 def read_images(path):
     """A folder of images or an npz -> (N, H, W, 3) uint8, other arrays of the npz. ValueError: no such images."""
-    from PIL import Image
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     try: arrays = dict(arr_0=np.stack([Image.open(p).convert("RGB") for p in files])) if files else dict(np.load(path))
     except (ValueError, EOFError, TypeError, IsADirectoryError) as error:
@@ -228,8 +228,8 @@ def evaluate(args, device):
     (images, _), (real, given) = map(read_images, (args.samples, args.ref))
     if images.shape[1:] != real.shape[1:]:
         raise ValueError(f"--samples are {[*images.shape[1:3]]}, --ref {[*real.shape[1:3]]}: make them one size")
-    judge = inception(device)
-    seen = lambda x: map(torch.cat, zip(*[judge(part) for part in progress(x.split(args.chunk))], strict=True))
+    seen = lambda x, judge=inception(device): map(
+        torch.cat, zip(*[judge(part) for part in progress(x.split(args.chunk))], strict=True))
     (pool, logits, spatial), (pool_real, _, spatial_real) = seen(images), seen(real)
     stats, stats_s = ({m: given[m + k].astype(float) for m in ("mu", "sigma") if m + k in given} for k in ("", "_s"))
     got, sfid = compare(pool, pool_real, stats, logits), compare(spatial, spatial_real, stats_s)["FD"]
@@ -405,6 +405,7 @@ def lab(args, device):
     with get_context("spawn").Pool(1 if device.type == "cuda" else os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         jobs = [pool.apply_async(train, (run, device)) for seeds in runs.values() for run in seeds]
         for job in progress(jobs, desc="arms"): job.get()
+        pool.close(), pool.join()
     steps = [step for step in range(1, args.steps + 1) if step % args.sample_every == 0 or step == args.steps]
     curves = {title: [[json.loads((run.out / f"samples/step_{i}.json").read_text()) for run in seeds] for i in steps]
               for title, seeds in runs.items()}
@@ -418,7 +419,6 @@ def lab(args, device):
 def plot(out, curves, steps, pictures):
     """curves.png: measures against student updates (Figs. 5, 6). samples.png: what each arm draws, in order."""
     from matplotlib.figure import Figure
-    from PIL import Image
     figure = Figure(figsize=(13, 3), layout="constrained", dpi=120)
     for ax, k in zip(figure.subplots(1, 4), ("FD", "IS", "reward", "recall"), strict=True):
         for title, curve in curves.items():

@@ -570,7 +570,8 @@ def test_two_loras_on_one_frozen_base(tmp_path):
 def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
     """A student that makes three blocks, each from what its cache holds of those before, a clean pass rewriting it."""
     args, _, nets = setting(world=world, rank=rank, shard=shard)
-    frames, student = lambda net: lambda x_t, t, c: torch.stack([net(x, t, c) for x in x_t.unbind(1)], 1), nets["student"]
+    frames = lambda net: lambda x_t, t, c: torch.stack([net(x, t, c) for x in x_t.unbind(1)], 1)
+    student = nets["student"]
     run = partial(torch.utils.checkpoint.checkpoint, student, use_reentrant=False) if checkpoint else student
     def generate(c, u):
         blocks, cache = [], 0 * c["y"]
