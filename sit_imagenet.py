@@ -5,7 +5,6 @@
     python sit_imagenet.py evaluate --samples runs/amd50k/samples.npz --ref VIRTUAL_imagenet256_labeled.npz
     python sit_imagenet.py --preset digits     # all arms on 8x8 digits: 5 minutes on 2 CPU cores; cifar10: one GPU
     python sit_imagenet.py --dry-run full      # memory and speed of SiT-XL/2 on this GPU, with random weights
-
 Teachers are files of SiT (github.com/willisma/SiT) or REPA (github.com/sihyun-yu/REPA), the reward is DINOv2's linear
 classifier. FID, sFID, IS of Table 4: DMD 3.557, 5.850, 314.4; DMDR 9.634, 7.354, 391.8; AMD 3.469, 5.746, 316.0.
 """
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import amd
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process, as it is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled"), torch.set_float32_matmul_precision("high")
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),  # width, depth, heads
@@ -44,9 +43,9 @@ PRESETS = {  # fit: updates and learning rate of the teacher, of the reward, of 
                     fit=((5600, 6e-4), (2000, 3e-3), (2000, 3e-3))),
     "tiny": dict(model="tiny/2", image_size=64, batch=16, lr=1e-3, fake_lr=1e-3, fake_steps=2, ema=0.9,
                  base_steps=2, steps=4, sample_every=2, count=8, fit=None)}
+PRESETS["full"] = PRESETS["imagenet"] | dict(batch=64)
 ARMS = {"DMD": dict(method="dmd"), "DSA only": dict(method="amd", tau=torch.inf), "RLS only": dict(method="amd", s=0.0),
         "AMD": dict(method="amd"), "DMDR": dict(method="dmdr"), "naive": dict(method="naive")}
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, parser.error = parser.add_argument, lambda message: parser.exit(2, f"sit_imagenet.py: {message}\n")
@@ -60,7 +59,7 @@ def parse(argv=None):
     add("--model", help="size/patch as XL/2, of S, B, L, XL and 2, 4, 8")
     add("--method", choices=[name for name in amd.METHODS if name != "dmd2"], default="amd", help="of stage two")
     number("--s", default=0.5, help="of Eq. 13, 0 = off"), number("--tau", default=1.0, help="of W(a), inf = off")
-    number("--w", nargs="+", help="CFG scale, 1 = off, default 1.25; presets: or many"), count("--accum", default=1)
+    number("--w", nargs="+", help="CFG scale, 1 = off (1.25; digits 1); presets: or many"), count("--accum", default=1)
     count("--group", default=8, help="K"), number("--lam", default=0.05, help="weight of dmdr's reward (DMDR's own)")
     count("--batch", help="samples of an update, all ranks (A.4: 512)"), count("--fake-steps", help="(DMDR: 5)")
     number("--lr", help="of the student (A.4: 2e-5)"), number("--fake-lr", help="of the fake teacher")
@@ -68,13 +67,13 @@ def parse(argv=None):
     number("--ema", help="of the student, 0 = off"), count("--student-steps", default=1), count("--seed", default=0)
     count("--seeds", default=3, help="presets: runs of an arm"), add("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     path("--out", help="folder of the run, default runs/PRESET"), add("--resume", action="store_true")
-    count("--log-every", default=10), count("--save-every", default=250), count("--sample-every")
+    count("--log-every", default=10), count("--save-every", default=500), count("--sample-every")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     add("--vae", default="stabilityai/sd-vae-ft-ema"), count("--chunk", default=64, help="images at a time")
-    count("--count", help="images to sample"), add("--labels", choices=["balanced", "random"], default="balanced")
+    count("--count", help="images to sample"), add("--labels", choices=["random", "balanced"], default="random")
     path("--samples", help="evaluate: npz or folder of images"), path("--ref", help="the same, real ones")
     args = parser.parse_args(argv)
-    name = "tiny" if args.dry_run == "tiny" else args.preset
+    name = args.dry_run or args.preset
     defaults = dict(w=[1.25], out=Path("runs", "samples" if args.task == "sample" else name)) | PRESETS[name]
     return argparse.Namespace(**defaults | {k: v for k, v in vars(args).items() if v is not None or k not in defaults})
 
@@ -122,7 +121,6 @@ class SiT(nn.Module):
         h, p, n = self.final_layer["linear"](modulate(h, shift, scale)), self.patch, x.shape[2] // self.patch
         v = h.view(len(x), n, n, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, n * p, n * p)
         return -v[:, : self.channels] if self.learn_sigma else v
-
 def read_sit(path, args):
     """The SiT in a file of SiT or REPA, or in a run's student/. ValueError: none, another kind or size."""
     try:
@@ -152,7 +150,7 @@ def backbone(args, device):
     if not (args.teacher or args.dry_run): raise ValueError("give --teacher, a file of SiT or REPA, or --preset digits")
     torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     teacher = read_sit(args.teacher, args) if args.teacher else SiT(args.model, args.image_size // 8)
-    for p in teacher.parameters() if args.dry_run else (): nn.init.normal_(p, std=0.02)
+    for p in teacher.parameters() if not args.teacher else (): nn.init.normal_(p, std=0.02)
     from diffusers import AutoencoderKL
     widths = (8,) * 4 if args.dry_run == "tiny" else (128, 256, 512, 512)  # the latter are sd-vae-ft-ema's
     vae = AutoencoderKL.from_pretrained(args.vae) if not args.dry_run else AutoencoderKL(
@@ -184,7 +182,7 @@ def load_reward(args, decode, device):
     net = timm.create_model("vit_large_patch14_dinov2.lvd142m", not args.dry_run, num_classes=0, **(
         dict(embed_dim=32, depth=4, num_heads=2) if args.dry_run == "tiny" else {}))
     head = nn.Linear(5 * net.embed_dim, 1000)
-    if not args.dry_run: head.load_state_dict(torch.hub.load_state_dict_from_url(HEAD, map_location="cpu"))
+    if not args.dry_run: head.load_state_dict(torch.hub.load_state_dict_from_url(HEAD, None, "cpu", weights_only=True))
     classify = dinov2(*(part.to(device).eval().requires_grad_(False) for part in (net, head)))
     score = bf16(head.bias)(lambda x, y: log_p(classify(((decode(x) + 1) / 2).clamp(0, 1)), y))
     def reward(x, y):  # 16 at a time, and again for a gradient: nothing is as large as the decoder's activations
@@ -209,15 +207,15 @@ def read_images(path):
     """A folder of images or an npz -> (N, H, W, 3) uint8, other arrays of the npz. ValueError: no such images."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     try: arrays = dict(arr_0=np.stack([Image.open(p).convert("RGB") for p in files])) if files else dict(np.load(path))
-    except (ValueError, EOFError, TypeError, IsADirectoryError) as error:
+    except Exception as error:
         raise ValueError(f"{path}: give an npz, as of sample, or a folder of png, jpg of one size ({error})") from None
     images = arrays.pop("arr_0", np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"{path} needs images as arr_0, uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
+    if (images.dtype, images.ndim, images.shape[3:]) != (np.uint8, 4, (3,)): raise ValueError(f"{path}: no uint8 arr_0")
     return torch.from_numpy(images), arrays
 def inception(device):
     """-> images (B, H, W, 3) uint8 to pool (B, 2048), logits (B, 1008) without bias, features of sFID (B, 2023)."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as there
     net, kept = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device), []
     net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: kept.append(out))
     return lambda x: (*net(x.to(device).permute(0, 3, 1, 2)), kept.pop()[:, :7].permute(0, 2, 3, 1).flatten(1))
@@ -226,8 +224,7 @@ def evaluate(args, device):
     """Print FID, sFID, IS, precision, recall; the npz of --ref may hold ADM's mu, sigma, mu_s, sigma_s."""
     if not (args.samples and args.ref): raise ValueError("evaluate compares two sets: give --samples and --ref")
     (images, _), (real, given) = map(read_images, (args.samples, args.ref))
-    if images.shape[1:] != real.shape[1:]:
-        raise ValueError(f"--samples are {[*images.shape[1:3]]}, --ref {[*real.shape[1:3]]}: make them one size")
+    if images.shape[1:] != real.shape[1:]: raise ValueError("--samples and --ref differ in size: make them one size")
     seen = lambda x, judge=inception(device): map(
         torch.cat, zip(*[judge(part) for part in progress(x.split(args.chunk))], strict=True))
     (pool, logits, spatial), (pool_real, _, spatial_real) = seen(images), seen(real)
@@ -265,6 +262,7 @@ def prepare(args, device):
 
 # ------------------------------------------------------------------------------------------------------------- training
 def variant(args, **kw): return argparse.Namespace(**vars(args) | kw)
+def config(run): return json.loads((run / "config.json").read_text())["config"]
 def begin(args): return amd.open_run(args.out, dict(vars(args), resume=None), args.resume)
 def train(args, device):
     """A.4: stage one, pure DMD in OUT/base, if there is no --init; stage two, --method; then OUT/student/sit.pt."""
@@ -274,9 +272,10 @@ def train(args, device):
     if base != args.init: train(variant(args, out=base, method="dmd", base_steps=0, steps=args.base_steps), device)
     method = amd.method(args.method, args.s, args.tau, args.lam * (args.method == "dmdr"), unit_w=args.tau < 1)
     run, out, steps = prepare(args, device), begin(args), args.steps
-    if not (start := amd.load(out, **run.parts)) and base: amd.load(base, **run.parts)
+    if not (start := amd.load(out, **run.parts)) and base and not amd.load(base, **run.parts):
+        raise ValueError(f"{base} has no checkpoints: choose the folder of a run")
     for name in ("student", "samples"): (out / name).mkdir(exist_ok=True)
-    logs = run.train(method, start=start, reward=run.reward if base or method.senses else None)
+    logs = run.train(method, start=start, reward=run.reward if base or method.senses or method.lam else None)
     log, bar = amd.Log(out, args.batch, start), progress(total=steps, initial=start, desc=out.name)
     for row in islice(logs, steps - start):
         run.ema.update(), bar.update()
@@ -286,13 +285,12 @@ def train(args, device):
         if due(args.save_every): amd.save(out, row["step"], **run.parts)
     run.ema.swap()
     state = get_model_state_dict(run.nets["student"], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if amd.ranks()[0] == 0:  # a whole file or none
-        torch.save(dict(ema=state), out / "student/part"), (out / "student/part").rename(out / "student/sit.pt")
+    if amd.ranks()[0] == 0: torch.save(dict(ema=state), new := out / "student/new"), new.rename(out / "student/sit.pt")
 @torch.no_grad()
 def show(args, run, path):
     """Samples by the student's average to a png; the presets measure --count of them, to a json beside it."""
     from torchvision.utils import save_image
-    y = torch.arange(args.count if args.fit else 16, device=run.device) * 61 % run.teacher.classes  # spread over all
+    y = torch.arange(args.count if args.fit else 16, device=run.device) * (1 if args.fit else 61) % run.teacher.classes
     run.ema.swap(), torch.manual_seed(amd.key(args.seed))
     x = torch.cat([run.decode(run.generate(part)[0]) for part in y.split(500)])
     run.ema.swap()
@@ -301,7 +299,8 @@ def show(args, run, path):
 @torch.no_grad()
 def sample(args, device):
     """--count images of a student to OUT/samples.npz; any number of processes share the chunks."""
-    (net, decode, shape), (rank, world) = backbone(args, device), amd.ranks()
+    (net, decode, shape), (rank, world), teacher = backbone(args, device), amd.ranks(), args.teacher or args.out
+    if teacher.is_dir(): args.student_steps = config(teacher)["student_steps"]
     (chunks := begin(args) / "chunks").mkdir(exist_ok=True)
     y = torch.randint(net.classes, (args.count,), generator=seeded(args.seed))
     if args.labels == "balanced": y = torch.arange(args.count) % net.classes
@@ -315,7 +314,7 @@ def sample(args, device):
     if rank == 0: np.savez(args.out / "samples", arr_0=np.concatenate([*map(np.load, sorted(chunks.glob("0*.npy")))]))
 def speed(args, device):
     """Print what an update takes beside the bare calls of the same networks that it needs, and the GPU's memory."""
-    run, off = prepare(args, device), torch.no_grad()
+    run, off = prepare(variant(args, accum=1), device), torch.no_grad()
     from torch.utils.benchmark import Timer  # it warns of a missing GPU
     clock = lambda call: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).timeit(5).mean
     y, (G, real, fake) = run.batch(0, 0), map(run.call.get, ("student", "real", "fake"))
@@ -377,7 +376,7 @@ def fit(args, name, device):
             else: loss = F.cross_entropy(net(clean), label)
         loss.backward()
         opt.step(), opt.zero_grad(), rate.step()
-    torch.save(net.state_dict(), path)
+    torch.save(net.state_dict(), part := path.with_suffix(".part")), part.rename(path)
     return fit(args, name, device)
 @torch.no_grad()
 def measure(args, x, y):
@@ -397,7 +396,7 @@ def lab(args, device):
     z, y = torch.randn(args.count, *x.shape[1:]).to(device), torch.arange(args.count, device=device) % classes
     for w in args.w:
         own = partial(variant, args, w=[w], resume=True, base_steps=0, seeds=None, arms=None, init=root / f"base {w:g}")
-        train(own(out=own().init, init=None, method="dmd", steps=args.base_steps), device)
+        train(own(out=own().init, init=None, method="dmd", steps=args.base_steps, s=0.5, tau=1.0, lam=0.0), device)
         x = torch.cat([solve(teacher, *part, w) for part in zip(z.split(500), y.split(500), strict=True)])
         rows[f"teacher, w = {w:g}"] = [measure(args, x, y)]
         runs |= {f"{arm}, w = {w:g}": [own(out=out / f"{arm}, w = {w:g}, seed {seed}", seed=seed, **ARMS[arm])
@@ -431,15 +430,16 @@ def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum fake_steps student_steps steps seeds count chunk log_every save_every sample_every".split()
     if bad := [name for name in counts if vars(args)[name] < 1]: raise ValueError(f"choose {', '.join(bad)} above 0")
-    amd.method("amd", args.s, args.tau), amd.group_advantage(torch.zeros(args.batch), args.group)
-    if len(args.w) > 1 and not args.fit: raise ValueError("several --w are for --preset digits and cifar10: choose one")
-    if args.init and not any(args.init.glob("teacher.pt" if args.fit else "checkpoints/step_*")):
-        raise ValueError(f"--init {args.init} is no run of this preset: give its folder")
-    torch.set_float32_matmul_precision("high")
+    if not 0 <= args.ema < 1 or args.base_steps < 0: raise ValueError("choose --ema in [0, 1), --base-steps from 0 on")
+    amd.method(args.method, args.s, args.tau, args.lam), amd.group_advantage(torch.zeros(args.batch), args.group)
+    if not args.fit and (len(args.w) > 1 or args.image_size % 8): raise ValueError("choose one --w, --image-size 8 n")
+    init = config(args.init) if args.init else vars(args)
+    if differ := [k for k in ("preset", "model", "image_size") if init[k] != vars(args)[k]]:
+        raise ValueError(f"--init {args.init} is a run of another {', '.join(differ)}: choose the same")
+    if args.task != "evaluate" and not args.resume and (args.out / "config.json").exists(): begin(args)  # raises
     device, parts = amd.launch(), amd.ranks()[1] * args.accum
     if args.batch % parts: raise ValueError(f"--batch {args.batch} on {parts} ranks and micro-batches: take a multiple")
-    if args.fit and (args.task == "sample" or parts > args.accum):
-        raise ValueError(f"--preset {args.preset} trains, started by python: it has no sample task, and no torchrun")
+    if args.fit and (args.task == "sample" or parts > args.accum): raise ValueError("presets train, without torchrun")
     job = lab if args.fit else speed if args.dry_run == "full" else train
     dict(train=job, sample=sample, evaluate=evaluate)[args.task](args, device)
 if __name__ == "__main__":
