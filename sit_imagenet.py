@@ -1,5 +1,4 @@
 """AMD on SiT, class to image: the paper's Table 4 and Figs. 5, 6 (ImageNet), and both in small on digits and CIFAR-10.
-
     torchrun --nproc-per-node 8 sit_imagenet.py --teacher SiT-XL-2-256x256.pt    # 3,000 updates of DMD, 1,000 of AMD
     torchrun --nproc-per-node 8 sit_imagenet.py sample --teacher runs/imagenet --out runs/amd50k    # 50,000, one npz
     python sit_imagenet.py evaluate --samples runs/amd50k/samples.npz --ref VIRTUAL_imagenet256_labeled.npz
@@ -418,14 +417,15 @@ def lab(args, device):
 def plot(out, curves, steps, pictures):
     """curves.png: measures against student updates (Figs. 5, 6). samples.png: what each arm draws, in order."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 3), layout="constrained", dpi=120)
+    figure = Figure(figsize=(14, 3), layout="constrained", dpi=110)
     for ax, k in zip(figure.subplots(1, 4), ("FD", "IS", "reward", "recall"), strict=True):
         for title, curve in curves.items():
             v = torch.tensor([[row[k] for row in rows] for rows in curve])
             ax.errorbar(steps, v.mean(1), v.std(1, correction=v.shape[1] > 1), label=title, capsize=2)
-        ax.set(title=k, xlabel="student updates", yscale="log" if k == "FD" else "linear")
-    ax.legend(fontsize=7), figure.savefig(out / "curves.png")
-    Image.fromarray(np.concatenate([Image.open(path) for path in pictures])).save(out / "samples.png")
+        ax.set(title=k, xlabel="student updates")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center"), figure.savefig(out / "curves.png")
+    grid = np.concatenate([Image.open(path) for path in pictures]).repeat(3, 0).repeat(3, 1)
+    Image.fromarray(grid).save(out / "samples.png")
 def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum fake_steps student_steps steps seeds count chunk log_every save_every sample_every".split()
