@@ -589,9 +589,9 @@ def test_causal_rollout_with_and_without_checkpointing():
 # ---------------------------------------------------------------------------------------- real processes: Part II
 def launch(*command, ranks=1, script="test_amd.py"):
     torchrun = f"-m torch.distributed.run --nproc-per-node {ranks} --master-port {random.randint(20000, 40000)}".split()
-    start = [sys.executable, *torchrun[: None if ranks > 1 else 0]]
-    return subprocess.Popen([*start, str(HERE / script), *map(str, command)], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"))
+    command = [sys.executable, *torchrun[: None if ranks > 1 else 0], HERE / script, *map(str, command)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"))
 def finish(process):
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output[-3000:]
@@ -872,6 +872,7 @@ def test_sit_presets_run_every_arm(tmp_path):
     dsa, rls = (amd.method(own[k].pop("method"), **own[k]) for k in ("DSA only", "RLS only"))
     assert dsa.W(a).equal(amd.W_one(a)) and rls.W(a).equal(amd.W_exp(a)) and rls.H(d, a).equal(amd.H_amd(d, a, 0))
 def cost():
+    from torch.utils.benchmark import Timer
     make = lambda: nn.Sequential(nn.Linear(64, 3000), nn.SiLU(), nn.Linear(3000, 3000), nn.SiLU(), nn.Linear(3000, 64))
     (G, real, fake), x, c = (make(), make(), make()), torch.randn(256, 64), torch.zeros(256)
     opts = [torch.optim.AdamW(net.parameters(), 1e-4, fused=True) for net in (G, fake)]
@@ -887,14 +888,13 @@ def cost():
             fake(x).square().mean().backward()
             for opt in opts[i:]:
                 torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 10.0), opt.step(), opt.zero_grad()
-    seconds = lambda run, n: torch.utils.benchmark.Timer("run()", globals=dict(run=run), num_threads=2).timeit(n).mean
+    seconds = lambda run, n: Timer("run()", globals=dict(run=run), num_threads=2).timeit(n).mean
     ratios = sorted(seconds(lambda: next(logs), 5) / seconds(bare, 5) for _ in range(11))  # in turn: machines drift
     call = 1e3 * seconds(lambda: G(x), 10)
     print(f"a call {call:.0f} ms; amd.train over bare calls: {ratios[5]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
-for name, test in list(globals().items()):
-    if name.startswith("test_") and not hasattr(test, "slow"): globals()[name] = pytest.mark.fast(test)
+for name, f in list(globals().items()):
+    if name.startswith("test_") and not hasattr(f, "slow"): globals()[name] = pytest.mark.fast(f)
 if __name__ == "__main__":
     dict(span=span, cost=cost)[sys.argv[1]](*sys.argv[2:])
-    sys.stdout.flush()
-    os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown
+    sys.stdout.flush(), os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown
