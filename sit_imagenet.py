@@ -2,7 +2,7 @@
     torchrun --nproc-per-node 8 sit_imagenet.py --teacher SiT-XL-2-256x256.pt    # 3,000 updates of DMD, 1,000 of AMD
     torchrun --nproc-per-node 8 sit_imagenet.py sample --teacher runs/imagenet --out runs/amd50k    # 50,000, one npz
     python sit_imagenet.py evaluate --samples runs/amd50k/samples.npz --ref VIRTUAL_imagenet256_labeled.npz
-    python sit_imagenet.py --preset digits     # all arms on 8x8 digits: 5 minutes on 2 CPU cores; cifar10: one GPU
+    python sit_imagenet.py --preset digits     # all arms on 8x8 digits: 5.5 minutes on 2 cores; cifar10: one GPU
     python sit_imagenet.py --dry-run full      # memory and speed of SiT-XL/2 on this GPU, with random weights
 Teachers are files of SiT (github.com/willisma/SiT) or REPA (github.com/sihyun-yu/REPA), the reward is DINOv2's linear
 classifier. FID, sFID, IS of Table 4: DMD 3.557, 5.850, 314.4; DMDR 9.634, 7.354, 391.8; AMD 3.469, 5.746, 316.0.
@@ -38,8 +38,7 @@ PRESETS = {  # fit: updates and learning rate of the teacher, of the reward, of 
     "digits": dict(model="digits/2", image_size=8, batch=64, lr=3e-4, fake_lr=6e-4, fake_steps=3, ema=0.95, steps=100,
                    base_steps=200, sample_every=25, count=2000, w=[1.0], fit=((1500, 1e-3), (100, 3e-3), (400, 3e-3))),
     "cifar10": dict(model="cifar10/2", image_size=32, batch=256, lr=5e-5, fake_lr=5e-5, fake_steps=3, ema=0.99,
-                    base_steps=600, steps=300, sample_every=75, count=10_000,
-                    fit=((5600, 6e-4), (2000, 3e-3), (2000, 3e-3))),
+                    steps=300, base_steps=600, sample_every=75, count=10000, fit=((5600, 6e-4), *[(2000, 3e-3)] * 2)),
     "tiny": dict(model="tiny/2", image_size=64, batch=16, lr=1e-3, fake_lr=1e-3, fake_steps=2, ema=0.9,
                  base_steps=2, steps=4, sample_every=2, count=8, fit=None)}
 PRESETS["full"] = PRESETS["imagenet"] | dict(batch=64)
@@ -138,10 +137,9 @@ def seeded(*ints): return torch.Generator().manual_seed(amd.key(*ints))
 def levels(args): return [1 - i / args.student_steps for i in range(args.student_steps)]  # of the student's sampler
 @torch.no_grad()
 def solve(net, x, y, w, steps=25):
-    """A SiT's ODE at CFG scale w, by Euler: noise x (B, ...), classes y (B,) -> (B, ...)."""
-    for t, t_next in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        d = amd.displace(x, x, x.new_full((len(x),), t), y, net.null, denoiser(net), None, w)
-        x = x + (t_next - t) / t * d.real  # the velocity is (x_t - x0_hat) / t
+    """A SiT's ODE, dx/dt = (x - x0_hat) / t, at CFG scale w, by Euler: noise x (B, ...), y (B,) -> (B, ...)."""
+    for t, low in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        x = x + (low - t) / t * amd.displace(x, x, x.new_full((len(x),), t), y, net.null, denoiser(net), None, w).real
     return x
 def backbone(args, device):
     """-> teacher, decode: latents -> images (B, C, H, W) in [-1, 1] and a little beyond, shape of a latent."""
@@ -234,7 +232,7 @@ def evaluate(args, device):
 # ---------------------------------------------------------------------------------------------- optimizers and sharding
 def progress(*given, **kw): return tqdm(*given, leave=False, disable=amd.ranks()[0] > 0 or None, **kw)
 def prepare(args, device):
-    """Networks, optimizers and closures of a run."""
+    """-> a namespace of all names below: networks (nets, call), opts, ema, parts to save, train, generate, batch ..."""
     teacher, decode, shape = backbone(args, device)
     names = ["student", "fake"] + ["blended"] * (args.method in ("dmdr", "magic"))  # the last is the adapted teacher
     nets = {name: copy.deepcopy(teacher) for name in names} | dict(real=teacher)
@@ -330,8 +328,7 @@ def speed(args, device):
         bare = sum(sec[k] for k in needs.split())
         print(f"{name} update, {len(y)} samples: {took:.4f} s; {needs}: {bare:.4f} s; ratio {took / bare:.3f}; SiT at "
               f"{n * flops / took / 1e12:.1f} TFLOP/s, {n * flops / took / 989e12:.1%} of an H100's bf16 peak")
-    print(f"seconds: {json.dumps(sec)}, backward with its forward; peak GiB: "
-          f"{torch.cuda.max_memory_allocated() / 2**30 if device.type == 'cuda' else torch.nan:.1f}")
+    print(f"seconds: {json.dumps(sec)}, with forward; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 # ------------------------------------------------------------------------ the presets: all arms, small, on real images
 @cache
@@ -373,8 +370,7 @@ def fit(args, name, device):
                 eps, label = torch.randn_like(clean), label.where(torch.rand_like(t) > 0.1, classes)
                 loss = F.mse_loss(net(amd.renoise(clean, t, eps), t, label), eps - clean)
             else: loss = F.cross_entropy(net(clean), label)
-        loss.backward()
-        opt.step(), opt.zero_grad(), rate.step()
+        loss.backward(), opt.step(), opt.zero_grad(), rate.step()
     torch.save(net.state_dict(), part := path.with_suffix(".part")), part.rename(path)
     return fit(args, name, device)
 @torch.no_grad()
@@ -389,17 +385,18 @@ def measure(args, x, y):
 def lab(args, device):
     """Teacher, reward, judge; for each w a base of pure DMD, from it every arm with every seed; table and pictures."""
     (*_, x, y, classes), out, rows, runs = dataset(args.preset, args.data, args.image_size), begin(args), {}, {}
-    args = variant(args, root=(root := args.init or out))
-    teacher = [fit(args, name, device) for name in ("reward", "judge", "teacher")][-1]
+    args = variant(args, root=args.init or out)
+    *_, teacher = (fit(args, name, device) for name in ("reward", "judge", "teacher"))
     rows["real, held out"] = [measure(args, x.to(device) / 127.5 - 1, y.to(device))]
     z, y = torch.randn(args.count, *x.shape[1:]).to(device), torch.arange(args.count, device=device) % classes
     for w in args.w:
-        own = partial(variant, args, w=[w], resume=True, base_steps=0, seeds=None, arms=None, init=root / f"base {w:g}")
-        train(own(out=own().init, init=None, method="dmd", steps=args.base_steps, s=0.5, tau=1.0, lam=0.0), device)
+        own, base = partial(variant, args, w=[w], resume=True, base_steps=0), args.root / f"base {w:g}"
+        first = own(out=base, init=None, method="dmd", steps=args.base_steps)
+        if not (base / "student/sit.pt").exists(): train(first, device)
         x = torch.cat([solve(teacher, *part, w) for part in zip(z.split(500), y.split(500), strict=True)])
         rows[f"teacher, w = {w:g}"] = [measure(args, x, y)]
-        runs |= {f"{arm}, w = {w:g}": [own(out=out / f"{arm}, w = {w:g}, seed {seed}", seed=seed, **ARMS[arm])
-                                       for seed in range(args.seed, args.seed + args.seeds)] for arm in args.arms}
+        runs |= {f"{arm}, w = {w:g}": [own(out=out / f"{arm}, w = {w:g}, seed {i}", seed=i, init=base, **ARMS[arm])
+                                       for i in range(args.seed, args.seed + args.seeds)] for arm in args.arms}
     with get_context("spawn").Pool(1 if device.type == "cuda" else os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         jobs = [pool.apply_async(train, (run, device)) for seeds in runs.values() for run in seeds]
         for job in progress(jobs, desc="arms"): job.get()
@@ -413,7 +410,8 @@ def lab(args, device):
     print(" " * 20 + "".join(f"{k:>17}" for k in rows["real, held out"][0]))
     for title, seeds in rows.items():
         v = torch.tensor([list(row.values()) for row in seeds]).T
-        print(f"{title:20}" + "".join(f"{u.mean():8.3f} +-{u.std(correction=len(u) > 1):6.3f}" for u in v))
+        spread = [f"+-{u.std():6.3f}" if len(u) > 1 else "" for u in v]
+        print(f"{title:20}" + "".join(f"{u.mean():8.3f} {s:8}" for u, s in zip(v, spread, strict=True)))
 def plot(out, curves, steps, pictures):
     """curves.png: measures against student updates (Figs. 5, 6). samples.png: what each arm draws, in order."""
     from matplotlib.figure import Figure
@@ -424,24 +422,26 @@ def plot(out, curves, steps, pictures):
             ax.errorbar(steps, v.mean(1), v.std(1, correction=v.shape[1] > 1), label=title, capsize=2)
         ax.set(title=k, xlabel="student updates")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right center"), figure.savefig(out / "curves.png")
-    grid = np.concatenate([Image.open(path) for path in pictures]).repeat(3, 0).repeat(3, 1)
-    Image.fromarray(grid).save(out / "samples.png")
+    Image.fromarray(np.concatenate([*map(Image.open, pictures)]).repeat(3, 0).repeat(3, 1)).save(out / "samples.png")
 def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum fake_steps student_steps steps seeds count chunk log_every save_every sample_every".split()
-    if bad := [name for name in counts if vars(args)[name] < 1]: raise ValueError(f"choose {', '.join(bad)} above 0")
-    if not 0 <= args.ema < 1 or args.base_steps < 0: raise ValueError("choose --ema in [0, 1), --base-steps from 0 on")
+    bad = [k for k in [*counts, "lr", "fake_lr"] if not vars(args)[k] > 0] + ["w"] * (not all(w > 0 for w in args.w))
+    if bad or not 0 <= args.ema < 1 or args.base_steps < 0:
+        raise ValueError(f"choose {', '.join(bad) or '--base-steps'} above 0, --ema in [0, 1)")
     amd.method(args.method, args.s, args.tau, args.lam), amd.group_advantage(torch.zeros(args.batch), args.group)
     if not args.fit and (len(args.w) > 1 or args.image_size % 8): raise ValueError("choose one --w, --image-size 8 n")
     init = config(args.init) if args.init else vars(args)
-    if differ := [k for k in ("preset", "model", "image_size") if init[k] != vars(args)[k]]:
+    if differ := [k for k in ("preset", "data", "model", "image_size") if str(init[k]) != str(vars(args)[k])]:
         raise ValueError(f"--init {args.init} is a run of another {', '.join(differ)}: choose the same")
     if args.task != "evaluate" and not args.resume and (args.out / "config.json").exists(): begin(args)  # raises
     device, parts = amd.launch(), amd.ranks()[1] * args.accum
     if args.batch % parts: raise ValueError(f"--batch {args.batch} on {parts} ranks and micro-batches: take a multiple")
-    if args.fit and (args.task == "sample" or parts > args.accum): raise ValueError("presets train, without torchrun")
+    if args.fit and (args.task == "sample" or parts > args.accum or args.teacher or args.method != "amd"):
+        raise ValueError(f"--preset {args.preset} trains --arms by python: no sample, torchrun, --teacher, --method")
     job = lab if args.fit else speed if args.dry_run == "full" else train
     dict(train=job, sample=sample, evaluate=evaluate)[args.task](args, device)
+    if args.task != "evaluate" and job is not speed and amd.ranks()[0] == 0: print(f"see {args.out}")
 if __name__ == "__main__":
     try: main(parse())
     except (ValueError, OSError) as error:

@@ -354,8 +354,7 @@ def test_algorithm1_by_a_literal_loop():
     for n in range(2):  # the student moves on the first only
         shared = torch.Generator().manual_seed(amd.key(seed, n))
         u = torch.rand((), generator=shared).item()
-        t = torch.rand(2, B // K, generator=shared, dtype=torch.float64)[0]
-        t = 0.02 + 0.96 * t
+        t = 0.02 + 0.96 * torch.rand(2, B // K, generator=shared, dtype=torch.float64)[0]
         t = (2 * t / (1 + t)).clamp(0.02, 0.98)
         c = batch(n, 0)
         torch.manual_seed(amd.key(seed, n, 0, 0))
@@ -531,8 +530,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.linear, wide, deep = linear, linear.in_features, linear.out_features
         self.down, self.up = nn.Parameter(double(2, wide)), nn.Parameter(torch.zeros(deep, 2).double())
-    def forward(self, x):
-        return self.linear(x) + x @ self.down.T @ self.up.T
+    def forward(self, x): return self.linear(x) + x @ self.down.T @ self.up.T
 @slow
 def test_two_loras_on_one_frozen_base(tmp_path):
     """Student and fake are adapters on copies that share the base's storage; the base is the real teacher."""
@@ -640,7 +638,6 @@ def test_open_run_guards_what_is_there(tmp_path):
     assert amd.open_run(out, config, resume=True) == out
     for changed, resume, message in ((config, False, "resume it"), (config | dict(lr=2e-3), True, "lr 0.001 -> 0.002")):
         with pytest.raises(ValueError, match=message): amd.open_run(out, changed, resume)
-    with pytest.raises(OSError): amd.open_run(out / "config.json" / "sub", {})
 
 # ------------------------------------------------------------------------------------------------ files and scripts
 def test_amd_imports_torch_and_the_standard_library_alone():
@@ -690,13 +687,14 @@ def test_toy2d_teacher_and_measures():
     x = lab.MODES[[0, 2, 4, 4, 6, 8] * 1500] + lab.STD * torch.randn(9000, 2)
     got = lab.measure(x, "selective")
     assert got["off"] < 0.002 and got["bad"] == 0 and got["modes"] == 5 and got["tv"] < 0.02 and got["sw2"] < 0.05
-    assert 0.0001 < got["zone"] < 0.003
+    assert 1e-4 < got["zone"] < 0.003
     got = lab.measure(x + 1, "selective")
     assert got["off"] > 0.99 and got["zone"] > 0.99 and abs(got["sw2"] - 1) < 0.05  # of (1, 1)
 @slow
 @pytest.mark.parametrize("script, flags, message", [
     ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out {}/file/x", "--out"),
-    ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
+    ("sit_imagenet", "--preset digits --lr -1", "choose lr"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
+    ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "--preset digits --method dmd", "no sample"),
     ("sit_imagenet", "--teacher {}/file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
     ("sit_imagenet", "--preset cifar10 --data {}/images", "one class"), ("sit_imagenet", "--w 1 2", "choose one --w"),
     ("sit_imagenet", "--init {}", "config.json"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch")])
@@ -707,6 +705,7 @@ def test_bad_input_is_one_line(tmp_path, script, flags, message):
     got = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
     assert not list(tmp_path.glob("out/*")) and not (tmp_path / "runs").exists(), "nothing is written before"
+
 # -------------------------------------------------------------------------------------------------- sit_imagenet.py
 def sit_by_hand(w, x, t, y, p, heads=2):
     """SiT by its paper and the tensors of its files, in their time and sign: x (B, 4, 8, 8) -> (B, outputs, 8, 8)."""
@@ -757,12 +756,11 @@ def test_dinov2_reads_four_layers_and_places_positions_as_its_authors():
     with torch.no_grad():
         for q in net.parameters(): q.normal_(0, 0.2)
         net.pos_embed[0, 1:] = torch.arange(37.0).repeat(37)[:, None]  # the column; timm's own way is off by up to .2
-    head, outs = nn.Linear(160, 1000), []
-    logits = sit.dinov2(net, head)
+    logits = sit.dinov2(net, head := nn.Linear(160, 1000))
     columns, middle = net.pos_embed[0, 1:, 0].view(16, 16), torch.arange(2, 14)
     assert_close(columns[:, 2:14], ((middle + 0.5) * 37 / 16.1 - 0.5).expand(16, 12), rtol=0, atol=0.05)
     for block in net.blocks: block.register_forward_hook(lambda m, i, o: outs.append(net.norm(o)))
-    image = torch.rand(2, 3, 224, 224)
+    image, outs = torch.rand(2, 3, 224, 224), []
     got, (mean, std) = logits(image), torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     assert_close(got, head(torch.cat([*(o[:, 0] for o in outs[1:]), outs[4][:, 1:].mean(1)], 1)), rtol=0, atol=1e-4)
     net((image - mean) / std)
@@ -822,9 +820,8 @@ def test_kill_9_and_resume_is_exact_and_any_ranks_sample(tmp_path, ranks):
     while not list(killed.glob("checkpoints/step_*")) and process.poll() is None: time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in children if ranks > 1 else [process.pid]: os.kill(int(pid), signal.SIGKILL)
-    process.communicate(), finish(other)
-    assert not (killed / "student/sit.pt").exists()
-    (killed / "checkpoints/unfinished_99").mkdir()  # what a kill while saving leaves
+    assert process.communicate() and not (killed / "student/sit.pt").exists()
+    finish(other), (killed / "checkpoints/unfinished_99").mkdir()  # what a kill while saving leaves
     with (killed / "log.jsonl").open("a") as file: file.write('{"step": 1')
     finish(run("killed", "--resume"))
     a, b = (torch.load(tmp_path / f"{name}/student/sit.pt")["ema"] for name in ("whole", "killed"))
@@ -835,8 +832,8 @@ def test_kill_9_and_resume_is_exact_and_any_ranks_sample(tmp_path, ranks):
     assert rows[0][0].keys() == {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
     alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), torch.device("cpu"))  # reads what two ranks wrote
     assert amd.load(tmp_path / "whole", **alone.parts) == 12 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
-    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]
-    assert state["step"] == 28 and state["exp_avg"].any()  # two stages of 2 and 12 updates, two of the fake for each
+    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]  # 2 + 12 updates of two each
+    assert state["step"] == 28 and state["exp_avg"].any()
     half = sit.prepare(sit.parse(["--dry-run", "tiny", "--accum", "2"]), torch.device("cpu")).batch(5, 1)
     assert (y := alone.batch(5, 0)).view(2, 8).unique(dim=1).shape == (2, 1) and half.equal(y[8:]) and y[0] != y[8]
     command = "--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out".split()
@@ -859,14 +856,18 @@ def test_sit_presets_run_every_arm(tmp_path):
     flags = f"--preset digits --steps 2 --base-steps 2 --seeds 2 --count 60 --sample-every 1 --w 1 1.5 --out {tmp_path}"
     args = sit.variant(sit.parse(flags.split()), fit=((3, 1e-3),) * 3)
     sit.main(args)
-    table = json.loads((tmp_path / "table.json").read_text())
-    arms = {f"{arm}, w = {w}" for arm in sit.ARMS for w in (1, 1.5)}
+    arms, read = {f"{k}, w = {w}" for k in sit.ARMS for w in (1, 1.5)}, (tmp_path / "table.json").read_text
+    table = json.loads(read())
     assert table["rows"].keys() == arms | {"real, held out", "teacher, w = 1", "teacher, w = 1.5"}
     assert all(len(table["rows"][arm]) == 2 and len(table["curves"][arm]) == 2 for arm in arms)
     assert table["rows"]["AMD, w = 1"][0].keys() == {*"FD IS precision recall reward accuracy".split()}
     assert min((tmp_path / name).stat().st_size for name in ("curves.png", "samples.png")) > 5000
     when = lambda: (tmp_path / "AMD, w = 1, seed 0/student/sit.pt").stat().st_mtime_ns
     assert when() == (sit.main(sit.variant(args, resume=True)), when())[1]
+    other = dict(init=tmp_path / "../" / tmp_path.name, out=tmp_path / "other", arms=["AMD"], tau=2.0, seed=5, seeds=1)
+    sit.main(sit.variant(args, w=[1.0], **other))  # shares networks and base, whatever its own seed or path
+    assert {p.name for p in (tmp_path / "other").glob("*/")} == {"AMD, w = 1, seed 5"}
+    with pytest.raises(ValueError, match="another data"): sit.main(sit.variant(args, **other, data=tmp_path))
     d, a = amd.Displacements(*double(3, 8, 2), 2.0), double(8, 1).clamp(-1, 1)
     own = {k: dict(v) for k, v in sit.ARMS.items()}
     dsa, rls = (amd.method(own[k].pop("method"), **own[k]) for k in ("DSA only", "RLS only"))
