@@ -450,12 +450,12 @@ def tensors(parts):
     return flat
 
 def save(out, step, **parts):
-    """Write out/checkpoints/step_N of parts (see `tensors`), beside it first, then renamed: whole or not there."""
-    path = Path(out) / f"checkpoints/step_{step}"
-    dcp.save(tensors(parts), checkpoint_id=path.with_name(f"unfinished_{step}"))
-    if ranks()[0] == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.with_name(f"unfinished_{step}").rename(path)
+    """Write out/checkpoints/step_N of parts (see `tensors`), beside it, then renamed: whole or not there, then OSError."""
+    path, new = (Path(out) / f"checkpoints/{name}_{step}" for name in ("step", "unfinished"))
+    try: dcp.save(tensors(parts), checkpoint_id=new)
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        raise OSError(f"{new} cannot be written ({str(error).splitlines()[-1]:.99}): make room, then resume") from error
+    if ranks()[0] == 0: shutil.rmtree(path, ignore_errors=True), new.rename(path)
 
 def load(out, **parts):
     """Fill parts from the newest checkpoint of out, on any number of ranks -> its step, 0 if there is none.

@@ -63,7 +63,7 @@ def parse(argv=None):
     flag("--checkpointing", default=True, help="of activations"), flag("--compile", default=torch.cuda.is_available())
     add("--reward-vae", help="a smaller decoder, as madebyollin/taesdxl"), path("--hps", help="file of its v2.1")
     path("--out", help="folder, default runs/sdxl"), *map(count, ("--log-every", "--save-every", "--sample-every"))
-    add("--layout", choices=LAYOUTS, default="flat", help="sample: as for whom"), count("--chunk", help="images at a time")
+    add("--layout", choices=LAYOUTS, default="flat", help="of sample"), count("--chunk", help="images at a time")
     path("--samples", nargs="+", help="score: one folder of sample, or two")
     add("--judges", nargs="+", choices=JUDGES, default=["hpsv2"], help="score: by whom")
     name = (args := parser.parse_args(argv)).dry_run or "sdxl"
@@ -79,13 +79,14 @@ def random_pipeline(full):
         ((320, 640, 1280), (1, 2, 10), (5, 10, 20), (768, 1280), 256, (128, 256, 512, 512), 32, 2, 128) if full else
         ((32, 64), (1, 2), (1, 2), (32, 32), 8, (8, 8, 8, 8), 2, 1, 8))
     unet = D.UNet2DConditionModel(
-        size, down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)], layers_per_block=layers,
+        sample_size=size, down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)],
         up_block_types=[*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"], block_out_channels=widths,
-        transformer_layers_per_block=depths, attention_head_dim=heads, cross_attention_dim=sum(dims),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=time,
-        projection_class_embeddings_input_dim=6 * time + dims[1])
-    vae = D.AutoencoderKL(3, 3, ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4, vae_widths, layers,
-                          norm_num_groups=groups, scaling_factor=0.13025)
+        layers_per_block=layers, transformer_layers_per_block=depths, attention_head_dim=heads,
+        cross_attention_dim=sum(dims), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=time, projection_class_embeddings_input_dim=6 * time + dims[1])
+    vae = D.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=layers,
+        block_out_channels=vae_widths, norm_num_groups=groups, scaling_factor=0.13025)
     text = lambda kind, dim, depth, act: kind(T.CLIPTextConfig(
         hidden_size=dim, intermediate_size=4 * dim, num_attention_heads=max(2, dim // 64), hidden_act=act,
         num_hidden_layers=depth if full else 2, projection_dim=dim))
@@ -102,7 +103,7 @@ def load_pipeline(args, device, **dtypes):
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if part not in index or folder.is_dir() and not (folder / part).is_dir():
                 raise ValueError(f"{folder} has no {part}: give SDXL, Stable Diffusion 1.5 or a whole folder of one")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtypes, safety_checker=None)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, dtype=dtypes, safety_checker=None)
     else:
         torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
         with device: pipe = random_pipeline(args.dry_run == "full")
@@ -143,7 +144,7 @@ def adopt(pipe, path):
     path, own = path / "student" if (path / "student").exists() else path, pipe.unet.config.cross_attention_dim
     try:
         if not (path / "config.json").exists(): pipe.load_lora_weights(path)
-        else: pipe.unet = type(pipe.unet).from_pretrained(path, torch_dtype=pipe.dtype).to(pipe.device)
+        else: pipe.unet = type(pipe.unet).from_pretrained(path, dtype=pipe.dtype).to(pipe.device)
         if pipe.unet.config.cross_attention_dim != own: raise ValueError("its texts are of another width")
     except Exception as error: raise ValueError(f"{path} is no student of --model ({error!s:.99}): choose it") from None
     return pipe
@@ -205,7 +206,8 @@ def pickscore(args, device, name="yuvalkirstain/PickScore_v1", processor="laion/
     T = lib("transformers")
     net, read = T.AutoModel.from_pretrained(name).to(device).eval(), T.AutoProcessor.from_pretrained(processor)
     def judge(images, prompts):
-        out = net(**read(prompts, images, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device))
+        words = dict(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        out = net(**read(images=images, **words).to(device))
         return net.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(1)
     return judge
 def imagereward(args, device, file=None, tokenizer="bert-base-uncased", vit="vit_large_patch16_224", **bert):
@@ -324,12 +326,12 @@ def train(args, device):
     for row in islice(run.train(start=start), steps - start):
         run.ema and run.ema.update(), bar.update()
         due = lambda every, step=row["step"]: step % every == 0 or step == steps
+        if due(args.log_every): bar.set_postfix(reward=(row := log(row | run.seen))["reward"], variety=row["variety"])
         if due(args.sample_every): show(args, run, out / f"samples/step_{row['step']}.png")
         if due(args.save_every):
             amd.save(out, row["step"], **run.parts)
             saved = sorted(out.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]))
             for path in saved[:-2] if amd.ranks()[0] == 0 else (): shutil.rmtree(path)  # each of 58 GiB, if whole
-        if due(args.log_every): bar.set_postfix(reward=(row := log(row | run.seen))["reward"], variety=row["variety"])
     export(args, run)
 def export(args, run):
     """OUT/student, of the average if there is one, whole or not at all. OSError: no room."""

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -629,6 +630,11 @@ def test_bad_checkpoints_say_so(tmp_path):
         with pytest.raises(ValueError, match="choose another folder") as error: amd.load(tmp_path, **parts(foreign))
         assert "\n" not in str(error.value)
     shard, = (tmp_path / "checkpoints/step_10").glob("*.distcp")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="unfinished_11 cannot be written.*make room"): amd.save(tmp_path, 11, **parts(net))
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="step_10 is damaged"): amd.load(tmp_path, **parts(nn.Linear(4, 4)))
 @slow
@@ -692,7 +698,7 @@ def test_toy2d_teacher_and_measures():
     assert got["off"] > 0.99 and got["zone"] > 0.99 and abs(got["sw2"] - 1) < 0.05  # of (1, 1)
 @slow
 @pytest.mark.parametrize("script, flags, message", [
-    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out {}/file/x", "--out"),
+    ("toy2d", "--s 2", "choose s in"), ("sdxl", "--prompts {}/file", "give 1 to 2,000"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out {}/file/x", "--out"),
     ("sit_imagenet", "--preset digits --lr -1", "choose lr"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
     ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "--preset digits --method dmd", "no sample"),
     ("sit_imagenet", "--teacher {}/file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
@@ -809,35 +815,45 @@ def test_evaluate_reads_npz_and_folders_and_adms_statistics(tmp_path, monkeypatc
     np.savez(tmp_path / "half.npz", images[:, :16]), (tmp_path / "torn.npz").write_bytes(b"PK")
     for a in ("empty", "folder/0.png", "half.npz", "torn.npz", "none.npz"):
         with pytest.raises(ValueError, match="arr_0" if a == "none.npz" else "one size"): run(a, "bare.npz")
-@slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_9_and_resume_is_exact_and_any_ranks_sample(tmp_path, ranks):
-    """A dry run killed in its second stage, then resumed: the weights, averages and log of a run left alone."""
-    sit, load = __import__("sit_imagenet"), __import__("numpy").load
-    flags = "--dry-run tiny --save-every 2 --steps 12 --log-every 1 --chunk 4 --out".split()
-    run = lambda out, *more, n=ranks: launch(*flags, tmp_path / out, *more, ranks=n, script="sit_imagenet.py")
-    process, other, killed = run("killed"), run("whole"), tmp_path / "killed"
+def survive(tmp_path, script, flags, ranks, beside=lambda: None):
+    """A dry run killed after a checkpoint, then resumed: the student and the log of a run left alone, bit for bit."""
+    command, killed, lib = lambda out: [*flags.split(), "--out", f"{tmp_path}/{out}"], tmp_path / "killed", __import__(script)
+    def run(out, *more):  # on one rank here: most of a process's time is imports
+        if ranks > 1: return finish(launch(*command(out), *more, ranks=ranks, script=f"{script}.py"))
+        torch.set_num_threads(1), lib.main(lib.parse([*command(out), *more]))
+    process = launch(*command("killed"), ranks=ranks, script=f"{script}.py")
+    other = launch(*command("whole"), ranks=ranks, script=f"{script}.py") if ranks > 1 else None
     while not list(killed.glob("checkpoints/step_*")) and process.poll() is None: time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in children if ranks > 1 else [process.pid]: os.kill(int(pid), signal.SIGKILL)
-    assert process.communicate() and not (killed / "student/sit.pt").exists()
-    finish(other), (killed / "checkpoints/unfinished_99").mkdir()  # what a kill while saving leaves
+    assert process.communicate() and not list(killed.glob("student/*"))
+    finish(other) if other else run("whole")
+    (killed / "checkpoints/unfinished_99").mkdir()  # what a kill while saving leaves
     with (killed / "log.jsonl").open("a") as file: file.write('{"step": 1')
-    finish(run("killed", "--resume"))
-    a, b = (torch.load(tmp_path / f"{name}/student/sit.pt")["ema"] for name in ("whole", "killed"))
-    assert a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
+    other = beside()
+    run("killed", "--resume"), other and finish(other)
+    for path in (tmp_path / "whole/student").iterdir(): assert path.read_bytes() == (killed / "student" / path.name).read_bytes()
     rows = [[*map(json.loads, (tmp_path / f"{k}/log.jsonl").read_text().splitlines())] for k in ("whole", "killed")]
-    assert [row["step"] for row in rows[1]] == list(range(1, 13))
+    assert [row["step"] for row in rows[1]] == [*range(1, len(rows[0]) + 1)]
     for k in ("loss_fake", "reward", "g_norm"): assert [row[k] for row in rows[0]] == [row[k] for row in rows[1]]
-    assert rows[0][0].keys() == {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
+    assert rows[0][0].keys() >= {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
+@slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sit_survives_kill_9_and_any_ranks_sample(tmp_path, ranks):
+    """Killed in its second stage; then its npz, alike from one process and two."""
+    sit, load = __import__("sit_imagenet"), __import__("numpy").load
+    flags = "--dry-run tiny --save-every 2 --steps 6 --log-every 1 --chunk 4".split()
+    dmdr = "--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out".split()
+    own = partial(launch, script="sit_imagenet.py", ranks=ranks)
+    run = lambda out, *more, n=ranks: launch(*flags, "--out", tmp_path / out, *more, ranks=n, script="sit_imagenet.py")
+    survive(tmp_path, "sit_imagenet", " ".join(flags), ranks, lambda: own(*dmdr, tmp_path / "dmdr"))
+    a = torch.load(tmp_path / "whole/student/sit.pt")["ema"]
     alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), torch.device("cpu"))  # reads what two ranks wrote
-    assert amd.load(tmp_path / "whole", **alone.parts) == 12 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
-    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]  # 2 + 12 updates of two each
-    assert state["step"] == 28 and state["exp_avg"].any()
+    assert amd.load(tmp_path / "whole", **alone.parts) == 6 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
+    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]  # 2 + 6 updates of two each
+    assert state["step"] == 16 and state["exp_avg"].any()
     half = sit.prepare(sit.parse(["--dry-run", "tiny", "--accum", "2"]), torch.device("cpu")).batch(5, 1)
     assert (y := alone.batch(5, 0)).view(2, 8).unique(dim=1).shape == (2, 1) and half.equal(y[8:]) and y[0] != y[8]
-    command = "--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out".split()
-    finish(launch(*command, tmp_path / "dmdr", ranks=ranks, script="sit_imagenet.py"))
     finish(run("images", "sample", "--teacher", tmp_path / "whole"))
     images = load(tmp_path / "images/samples.npz")["arr_0"]
     assert images.shape == (8, 64, 64, 3) and images.dtype == "uint8"
@@ -872,6 +888,264 @@ def test_sit_presets_run_every_arm(tmp_path):
     own = {k: dict(v) for k, v in sit.ARMS.items()}
     dsa, rls = (amd.method(own[k].pop("method"), **own[k]) for k in ("DSA only", "RLS only"))
     assert dsa.W(a).equal(amd.W_one(a)) and rls.W(a).equal(amd.W_exp(a)) and rls.H(d, a).equal(amd.H_amd(d, a, 0))
+# ---------------------------------------------------------------------------------------------------------- sdxl.py
+@pytest.fixture
+def sd(tmp_path, monkeypatch):
+    """sdxl.py, run on tiny random networks: sd(flags) -> what its prepare returns."""
+    import sdxl
+    monkeypatch.chdir(tmp_path)
+    made = lambda flags: sdxl.parse(f"--dry-run tiny --no-compile {flags}".split())
+    return argparse.Namespace(**vars(sdxl), args=made, run=lambda flags: sdxl.prepare(made(flags), torch.device("cpu")))
+def pictures(folder, count=5):
+    folder.mkdir(), random.seed(0)
+    for i in range(count):
+        size = 90 + 10 * i, 80
+        __import__("PIL.Image").Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1])).save(folder / f"{i}.png")
+    rows = [json.dumps(dict(file_name=f"{i}.png", text=f"noise number {i}")) for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+@slow
+def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
+    """A student and a fake update, GAN and all, by DMD2's own equations on diffusers' scheduler and the whole UNets."""
+    from diffusers import DDPMScheduler
+    pictures(tmp_path / "real")
+    run = sd.run("--method dmd2 --real-data real --lora-rank 0 --group 4")
+    grid, head = DDPMScheduler.from_config(run.pipe.scheduler.config), run.nets["fake"].head
+    with torch.no_grad(): [p.normal_(0, 0.1) for p in head.parameters()]
+    G, psi = copy.deepcopy(run.nets["student"]), copy.deepcopy(run.nets["fake"])
+    c, bottleneck, abar = run.batch(0, 0), [], grid.alphas_cumprod
+    psi.mid_block.register_forward_hook(lambda m, i, out: bottleneck.append(out))
+    def eps_of(net, x_t, i, empty=False):
+        of = lambda v: torch.zeros_like(v) if empty else v
+        ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * 8)
+        return net(x_t, i, of(c["text"]), added_cond_kwargs=dict(text_embeds=of(c["pooled"]), time_ids=ids)).sample
+    def x0(x_t, i, eps): return (x_t - (1 - abar[i])[:, None, None, None].sqrt() * eps) / abar[i][:, None, None, None].sqrt()
+    def D(x, eps, i):
+        eps_of(psi, grid.add_noise(x, eps, i), i)
+        return psi.head(bottleneck.pop()).flatten()
+    shared = torch.Generator().manual_seed(amd.key(0, 0))
+    k = int(4 * torch.rand((), generator=shared).item())
+    t = torch.rand(2, 2, generator=shared, dtype=torch.float64)[0].repeat_interleave(4)
+    i = (20 + 960 * t).round().long()  # of 1,000; one for each group, Alg. 1
+    torch.manual_seed(amd.key(0, 0, 0, 0))
+    x_t, steps = torch.randn(8, 4, 8, 8), [torch.full((8,), step) for step in (999, 749, 499, 249)]
+    for a, b in zip(steps[:k], steps[1:], strict=False):  # backward simulation
+        with torch.no_grad(): x_t = grid.add_noise(x0(x_t, a, eps_of(G, x_t, a)), torch.randn_like(x_t), b)
+    x = x0(x_t, steps[k], eps_of(G, x_t, steps[k]))
+    eps = torch.randn_like(x)
+    with torch.no_grad():
+        x_t, real = grid.add_noise(x, eps, i), run.nets["real"]
+        none, both = eps_of(real, x_t, i, True), eps_of(real, x_t, i)
+        p_real, p_fake = x - x0(x_t, i, none + 8 * (both - none)), x - x0(x_t, i, eps_of(psi, x_t, i))
+        grad = (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
+    loss = 0.5 * F.mse_loss(x, (x - grad).detach()) + 5e-3 * F.softplus(-D(x, eps, i)).mean()
+    want = [torch.autograd.grad(loss, [*G.parameters()])]
+    x, latents = x.detach(), []
+    for j in c["index"].tolist():
+        picture = __import__("PIL.Image").Image.open(tmp_path / f"real/{j}.png")
+        v = sd.form(64, [0.5], [0.5])(picture)[None]
+        assert v.shape == (1, 3, 64, 64) and -1 <= v.min() < -0.9
+        latents.append(run.pipe.vae.encode(v).latent_dist.mean * 0.13025)
+    loss = F.mse_loss(eps_of(psi, grid.add_noise(x, eps, i), i), eps) + 1e-2 * (
+        F.softplus(D(x, eps, i)) + F.softplus(-D(torch.cat(latents).detach(), eps, i))).mean()
+    want.append(torch.autograd.grad(loss, [*psi.parameters()]))
+    nets = run.nets["student"], run.nets["fake"]
+    before = [[p.detach().clone() for p in net.parameters()] for net in nets]
+    opts = [torch.optim.SGD(net.parameters(), 1.0) for net in nets]
+    log = next(run.train(opt_student=opts[0], opt_fake=opts[1], fake_steps=1, update=partial(amd.update, clip=1e9)))
+    assert log["skipped"] == 0 and k > 0 and not log["reward"].isnan()
+    for net, old, grads in zip(nets, before, want, strict=True):
+        for p, q, g in zip(net.parameters(), old, grads, strict=True): assert_close(q - p.detach(), g, rtol=1e-3, atol=1e-5)
+@slow
+def test_sdxl_adapters_leave_the_teacher_alone(sd):
+    """Student, fake and the adapted teacher on one base: none sees another's adapter, and training none of the base."""
+    run = sd.run("--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --accum 2 --ema 0.5")
+    c, x, t = run.batch(0, 0), torch.randn(4, 4, 8, 8), torch.full((4,), 0.4)
+    look = torch.no_grad()(lambda name: run.call[name](x, t, c))
+    base, own = look("real"), {id(p) for p in run.nets["real"].parameters()}
+    assert look("student").equal(base) and all(own < {id(p) for p in run.nets[k].parameters()} for k in ("student", "fake"))
+    logs = run.train()
+    for _ in range(2): next(logs)
+    assert look("real").equal(base) and len({id(run.nets[k]) for k in run.nets}) == 4
+    assert min((look("student") - base).abs().max(), (look("fake") - look("student")).abs().max()) > 1e-4
+    assert_close(run.adapt(1.0)(x, t, c), look("fake")), assert_close(run.adapt(0.0)(x, t, c), base)
+    fake = look("fake")
+    with torch.no_grad(): [p.zero_() for k, p in run.nets["student"].named_parameters() if "lora_B" in k]
+    assert_close(look("student"), base, rtol=0, atol=1e-6), assert_close(look("fake"), fake, rtol=0, atol=0)
+    assert not [k for k in amd.tensors(run.parts) if "lora" not in k and ".opt." not in k]
+@slow
+def test_hpsv2_is_its_definition(sd, tmp_path):
+    """Its authors' steps, one picture at a time, on random weights: to a tensor, longest side, black, CLIP, cosine."""
+    import open_clip
+    from torchvision.transforms import functional as V
+    cpu, args, Image = torch.device("cpu"), sd.args(""), __import__("PIL.Image").Image
+    pictures(tmp_path / "some"), torch.manual_seed(7)
+    net = open_clip.CLIP(32, open_clip.CLIPVisionCfg(2, 32, 16, patch_size=56), open_clip.CLIPTextCfg(
+        width=32, heads=2, layers=2)).eval()
+    def by_hand(image, prompt):  # (3, H, W) in [0, 1]
+        h, w = (round(side * 224 / max(image.shape)) for side in image.shape[1:])
+        image = V.resize(image, [h, w], V.InterpolationMode.BICUBIC, antialias=True)
+        image = V.pad(image, [(224 - w) // 2, (224 - h) // 2, 224 - w - (224 - w) // 2, 224 - h - (224 - h) // 2])
+        f = net.encode_image(V.normalize(image, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])[None])
+        return 100 * F.cosine_similarity(f, net.encode_text(open_clip.get_tokenizer("ViT-H-14")([prompt])))[0]
+    images, prompts = [Image.open(tmp_path / f"some/{i}.png") for i in range(5)], [f"picture {i}" for i in range(5)]
+    torch.manual_seed(7)
+    got = sd.hpsv2(args, cpu)(images, prompts)
+    assert_close(got, torch.stack([by_hand(V.to_tensor(a), b) for a, b in zip(images, prompts, strict=True)]), rtol=0, atol=1e-4)
+    pipe = sd.random_pipeline(False)
+    torch.manual_seed(7)
+    reward, read, seen = sd.load_reward(args, pipe, cpu)
+    x, xs = torch.randn(4, 4, 8, 8, requires_grad=True), torch.arange(4) // 2
+    c = sd.conditions(args, pipe, read, cpu)[0](prompts, xs)
+    image = ((pipe.vae.decode(x / 0.13025).sample + 1) / 2).clamp(0, 1)
+    want = torch.stack([by_hand(image[i], prompts[xs[i]]) for i in range(4)])
+    assert_close(reward(x, c), want, rtol=0, atol=1e-4)
+    g, = torch.autograd.grad(reward(x, c).sum(), x)
+    assert_close(g, torch.autograd.grad(want.sum(), x)[0], rtol=1e-3, atol=1e-5)
+    reward(x[:1].expand(4, -1, -1, -1), c)
+    assert seen["variety"] == 0 and g.abs().max() > 0
+    reward(x, c | dict(index=torch.tensor([0, 1, 1, 2])))  # of the second and third alone
+    small = F.interpolate(image, (224, 224), mode="bicubic", antialias=True)[1:3] / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    assert_close(seen["variety"], (small[0] - small[1]).abs().mean())
+@slow
+def test_held_out_judges_and_the_winning_rate(sd, tmp_path, capsys, monkeypatch):
+    """ImageReward's file at a tiny size, its image half by transformers' BLIP; PickScore's cosine; Wilson by scipy."""
+    import transformers as T
+    from scipy.stats import binomtest
+    pictures(tmp_path / "some")
+    Image, texts, cpu = __import__("PIL.Image").Image, ["a fox", "fox in a fox"], torch.device("cpu")
+    images = [Image.open(tmp_path / f"some/{i}.png").resize((224, 224)) for i in (0, 1)]
+    (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a fox in".split()))
+    words = T.BertTokenizer(str(tmp_path / "vocab.txt"))
+    words.save_pretrained(tmp_path / "bert")
+    size = dict(hidden_size=48, num_hidden_layers=2, intermediate_size=96)
+    see = T.BlipVisionModel(T.BlipVisionConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768,
+                                               layer_norm_eps=1e-6, image_size=224)).eval()
+    read = T.models.blip.modeling_blip_text.BlipTextModel(
+        T.BlipTextConfig(**size, encoder_hidden_size=192, num_attention_heads=12), add_pooling_layer=False).eval()
+    mlp = [nn.Linear(a, b) for a, b in ((48, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
+    names = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed", "post_layernorm":
+             "norm", "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks", "self_attn": "attn",
+             "layer_norm": "norm", "projection": "proj"}
+    state = {f"blip.text_encoder.{k}": v for k, v in read.state_dict().items()} | {"blip.vision_proj.bias": torch.ones(2)}
+    state |= {f"mlp.layers.{i}.{k}": v for i, m in zip("02467", mlp, strict=True) for k, v in m.state_dict().items()}
+    for k, v in see.state_dict().items():
+        for new, old in names.items(): k = k.replace(new, old)
+        state[f"blip.visual_encoder.{k}"] = v
+    torch.save(state, tmp_path / "ImageReward.pt")
+    judge = sd.imagereward(None, cpu, tmp_path / "ImageReward.pt", tmp_path / "bert", "vit_tiny_patch16_224", **size)
+    pixels, c = torch.stack([sd.form(224, sd.MEAN, sd.STD)(image) for image in images]), words(
+        texts, padding="max_length", max_length=35, return_tensors="pt")
+    h = read(c.input_ids, c.attention_mask, encoder_hidden_states=see(pixels)[0], is_decoder=False)[0][:, 0]
+    for layer in mlp: h = layer(h)
+    assert_close(judge(images, texts), (h[:, 0] - 0.16717362830052426) / 1.0333394966054072, rtol=1e-4, atol=1e-6)
+    net = T.CLIPModel(T.CLIPConfig(text_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+                                   vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)))
+    net.save_pretrained(tmp_path / "pick")
+    T.CLIPProcessor(T.CLIPImageProcessor(), sd.random_pipeline(False).tokenizer).save_pretrained(tmp_path / "form")
+    c = sd.random_pipeline(False).tokenizer(texts, padding=True, return_tensors="pt")
+    f = net.visual_projection(net.vision_model(pixels).pooler_output)
+    g = net.text_projection(net.text_model(c.input_ids, c.attention_mask).pooler_output)
+    got = sd.pickscore(None, cpu, tmp_path / "pick", tmp_path / "form")(images, texts)
+    assert_close(got, net.logit_scale.exp() * F.cosine_similarity(f, g), rtol=0, atol=0.02)  # its own resize
+    for run in ("a", "b"):
+        (tmp_path / run / "images/photo").mkdir(parents=True)
+        rows = [dict(file=f"{'photo/' if i < 4 else ''}{i}.png", of=dict(prompt=f"{i}")) for i in range(20)]
+        for row in rows: images[0].save(tmp_path / run / "images" / row["file"])
+        (tmp_path / run / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    r = dict(a=torch.arange(20.0), b=torch.tensor([20.0] * 7 + [7, 8] + [0] * 11))  # 11 wins, 2 draws
+    order = iter([*r["a"].split(8), *r["b"].split(8)])
+    monkeypatch.setitem(sd.JUDGES, "hpsv2", lambda args, device: lambda images, prompts: next(order))
+    sd.main(sd.parse("score --samples a b --chunk 8".split()))
+    one, two, wins = map(json.loads, capsys.readouterr().out.splitlines())
+    exact = binomtest(12, 20).proportion_ci(method="wilson")
+    assert (one["mean"], one["photo"], two["photo"], one["images"]) == (9.5, 1.5, 20, 20)
+    assert_close([wins[k] for k in ("winning_rate", "low", "high")], [0.6, exact.low, exact.high], rtol=1e-4, atol=0)
+    (tmp_path / "b/images/7.png").unlink()
+    with pytest.raises(ValueError, match="1 images are missing"): sd.main(sd.parse("score --samples b".split()))
+@slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
+    """From a folder of diffusers to one: alone a LoRA, its average and 8-bit states; on two ranks whole sharded UNets."""
+    import diffusers as D
+    pipe = sd.random_pipeline(False)
+    pipe.save_pretrained(tmp_path / "model")
+    kind = "--lora-rank 4 --ema 0.5 --adam8bit --lr 1e-2" if ranks == 1 else "--lora-rank 0 --lr 1e-3"
+    flags = f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 4 --fake-steps 1 {kind}"
+    survive(tmp_path, "sdxl", flags, ranks)
+    assert len([*(tmp_path / "whole/checkpoints").glob("step_*")]) == 2
+    student, draw = tmp_path / "whole/student", dict(timesteps=[999, 749, 499, 249], guidance_scale=0.0, output_type="pt")
+    args = sd.parse(f"{flags} --out {tmp_path}/whole --resume --accum 1".split())
+    run, prompts = sd.prepare(args, torch.device("cpu")), ["a red fox", "a glass teapot"]
+    assert amd.load(tmp_path / "whole", **run.parts) == 4 and (run.ema and run.ema.swap(), True)[1]
+    if ranks == 1: pipe.load_lora_weights(student)
+    else: pipe.unet = D.UNet2DConditionModel.from_pretrained(student)
+    pipe.scheduler = D.LCMScheduler.from_config(pipe.scheduler.config)
+    images = pipe(prompts, generator=torch.Generator().manual_seed(5), **draw).images
+    torch.manual_seed(5)
+    with torch.no_grad(): x, _ = run.generate(run.encode(prompts, torch.arange(2)))
+    assert_close(((run.pipe.vae.decode(x / 0.13025).sample + 1) / 2).clamp(0, 1), images, rtol=0, atol=1e-4)
+    moved = [(p - q).abs().max() for p, q in zip(run.nets["student"].parameters(), run.nets["fake"].parameters(), strict=True)]
+    assert max(moved) > 1e-4 and pipe.unet.config.sample_size == 8
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"a fox {i}", tag="t")) for i in range(3)))
+    sampled = lambda out, *more: sd.parse(["sample", *flags.split(), "--init", f"{tmp_path}/whole", "--prompts", "p.jsonl",
+                                           "--layout", "geneval", "--out", out, *more])
+    sd.main(sampled("one")), sd.main(sampled("all", "--chunk", "12"))
+    files = sorted((tmp_path / "one/images").rglob("*.*"))
+    assert [str(p.relative_to(tmp_path / "one/images")) for p in files[:5]] == [
+        "00000/metadata.jsonl", *(f"00000/samples/000{k}.png" for k in range(4))] and len(files) == 15
+    assert json.loads(files[5].read_text()) == dict(prompt="a fox 1", tag="t")
+    there = lambda p: __import__("PIL.Image").Image.open(p).convert("L")
+    apart = [max(abs(a - b) for a, b in zip(there(p).getdata(), there(str(p).replace("/one/", "/all/")).getdata(), strict=True))
+             for p in files if p.suffix == ".png"]
+    assert max(apart) <= 1 and files[1].read_bytes() != files[2].read_bytes()  # a seed for each image, whatever the batch
+    before = files[3].read_bytes(), files[3].unlink(), files[4].write_bytes(b"kept")
+    sd.main(sampled("one", "--resume"))
+    assert files[3].read_bytes() == before[0] and files[4].read_bytes() == b"kept"
+@slow
+def test_sd15_trains_and_its_lora_does_not_fit_sdxl(sd, tmp_path, monkeypatch):
+    import diffusers as D
+    p = sd.random_pipeline(False)
+    config = dict(p.unet.config) | dict(addition_embed_type=None, cross_attention_dim=32, time_cond_proj_dim=None)
+    pipe = D.StableDiffusionPipeline(p.vae, p.text_encoder, p.tokenizer, D.UNet2DConditionModel.from_config(config),
+                                     p.scheduler, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "sd15"), p.save_pretrained(tmp_path / "sdxl")
+    flags = "--dry-run tiny --model sd15 --no-compile --steps 2 --lora-rank 2 --method magic --out run"
+    sd.main(sd.parse(flags.split()))
+    encode, null = sd.conditions(sd.parse(flags.split()), pipe, lambda texts: torch.zeros(len(texts), 1), torch.device("cpu"))
+    c, other = (encode(["a", "b", ""], torch.tensor(i)) for i in ([0, 1, 1], [2, 2, 2]))
+    assert_close(null(c)["text"], other["text"]), assert_close(c["text"][1], c["text"][2])
+    assert "pooled" not in c and not c["text"][0].equal(c["text"][1])
+    with pytest.raises(ValueError, match="is no student of --model"):
+        sd.main(sd.parse("sample --dry-run tiny --model sdxl --init run --out x".split()))
+    sd.main(sd.parse("sample --dry-run tiny --model sd15 --init run --out x --prompts y.txt".split())) if (
+        (tmp_path / "y.txt").write_text("one prompt")) else None
+    assert (tmp_path / "x/images/000000.png").exists()
+    __import__("shutil").rmtree(tmp_path / "run/student"), resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
+    try:
+        for more in ("", " --steps 3"):
+            with pytest.raises(OSError, match="make room"): sd.main(sd.parse(f"{flags} --resume".split()))
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    sd.main(sd.parse(f"{flags} --resume".split()))
+    assert (tmp_path / "run/student/pytorch_lora_weights.safetensors").exists()
+@slow
+@pytest.mark.parametrize("flags, message", [
+    ("--prompts empty.txt", "give 1 to 2,000"), ("--prompts latin.txt", "not UTF-8"), ("--prompts long.txt", "prompt 2"),
+    ("--prompts half.jsonl", "no .jsonl"), ("--prompts no.txt", "No such file"), ("--model torn", "has no unet"),
+    ("--method dmd2", "for dmd2, which needs it"), ("--real-data .", "for dmd2"),
+    ("--batch 12", "choose K"), ("--batch 8 --accum 3", "take a multiple"), ("--lr 0", "choose lr"), ("--ema 1", "--ema"),
+    ("--s 2", "choose s"), ("sample", "give --init"), ("sample --init x --layout hpdv2", "the folder of"),
+    ("score", "give --samples"), ("--dry-run tiny --method dmd2 --real-data real --image-size 96", "bottleneck is 6"),
+    ("--method dmd --lam 1", "no pairs")])
+def test_sdxl_bad_input(sd, tmp_path, flags, message):
+    (tmp_path / "empty.txt").write_text(" \n"), (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    (tmp_path / "long.txt").write_text("ok\n" + "x" * 10_000), (tmp_path / "half.jsonl").write_text('{"prompt": ')
+    if "torn" in flags or "whole" in flags:
+        sd.random_pipeline(False).save_pretrained(tmp_path / flags.split()[-1])
+        if "torn" in flags: __import__("shutil").rmtree(tmp_path / "torn/unet")
+    if "bottleneck" in message: pictures(tmp_path / "real")
+    with pytest.raises((ValueError, OSError), match=message): sd.main(sd.parse(flags.split()))
+    assert not (tmp_path / "runs").exists()
 def cost():
     from torch.utils.benchmark import Timer
     make = lambda: nn.Sequential(nn.Linear(64, 3000), nn.SiLU(), nn.Linear(3000, 3000), nn.SiLU(), nn.Linear(3000, 64))
