@@ -1,5 +1,4 @@
-"""Tests of AMD. `pytest -m fast` pins the formulas; the rest runs real processes: torchrun, kill -9, the scripts.
-`python test_amd.py cost` prints what amd.train costs beside the bare network calls."""
+"""Tests of AMD. `pytest -m fast` pins the formulas; the rest runs real processes: torchrun, kill -9, the scripts."""
 import argparse
 import ast
 import copy
@@ -10,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,9 +157,7 @@ def test_forward_operator_and_its_inverses(shape):
         assert wrap(half)(x, t, c).equal(wrap(rounded)(x, t, c))
 def test_displace_asks_once_and_in_order():
     calls = []
-    def real(x_t, t, c):
-        calls.append((x_t, t, c))
-        return x_t * amd.like(c["y"], x_t)
+    real = lambda x_t, t, c: (calls.append((x_t, t, c)), x_t * amd.like(c["y"], x_t))[1]
     z = draw(c=dict(y=double(8), size=7, more=(double(8, 3), [double(8)], None)))
     null = lambda c: dict(c, y=0 * c["y"], more=(c["more"][0] + 1, c["more"][1], None))
     x_t = amd.renoise(z.x, z.t, z.eps)
@@ -167,9 +165,8 @@ def test_displace_asks_once_and_in_order():
     (both, t, c), = calls
     close(d.cond, z.x - x_t * z.c["y"][:, None]), close(d.uncond, z.x), close(d.fake, z.x - 0.5 * x_t - z.t[:, None])
     assert both.equal(torch.cat([x_t, x_t])) and t.equal(torch.cat([z.t, z.t])) and c["size"] == 7
-    assert c["more"][2] is None
+    assert c["more"][2] is None and c["more"][1][0].shape == (16,)
     close(c["more"][0], torch.cat([z.c["more"][0], z.c["more"][0] + 1]))
-    assert c["more"][1][0].shape == (16,)
     assert amd.displace(z.x, x_t, z.t, z.c, None, real, None, 1).fake is None
     assert len(calls) == 2 and len(calls[1][0]) == 8  # w = 1: no unconditional half
 def test_eq25_to_eq28_forces():
@@ -219,8 +216,9 @@ def test_ddmd_takes_dm_and_ca_from_two_levels():
     real = lambda x_t, t, c: (calls.append(len(x_t)), x_t * amd.like(c + 1, x_t))[1]
     fake = lambda x_t, t, c: (calls.append("fake"), 0.3 * x_t)[1]
     null = lambda c: 0 * c
-    g, d = amd.gradient(amd.METHODS["ddmd"], z, real, fake, null=null, w=3.0, normalize=False)
-    x_t, x_ca, c = amd.renoise(z.x, z.t, z.eps), amd.renoise(z.x, z.t_ca, z.eps_ca), z.c[:, None]
+    vp = amd.vp(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64))
+    g, d = amd.gradient(amd.METHODS["ddmd"], z, real, fake, null=null, w=3.0, schedule=vp, normalize=False)
+    x_t, x_ca, c = amd.renoise(z.x, z.t, z.eps, vp), amd.renoise(z.x, z.t_ca, z.eps_ca, vp), z.c[:, None]
     dm, ca = 0.3 * x_t - x_t * (c + 1), 2 * (x_ca - x_ca * (c + 1))
     close(d.dm, dm), close(d.ca, ca), close(g, dm + ca)
     assert calls == [8, "fake", 16]
@@ -243,6 +241,10 @@ def test_table1_rows():
     kw = dict(null=lambda c: 0 * c, w=2.0)
     g = [amd.gradient(amd.method(k, s=0), z._replace(a=0 * z.a), affine(0.5, 1.0), affine(0.9), **kw)[0] for k in T]
     for other in g[1:]: close(other, g[0])
+    bound = {k: amd.method(k, lam=0.2, fade=3) for k in T}  # and each ends three updates elsewhere
+    bound |= dict(noisier=bound["ddmd"]._replace(t=amd.noisier), pure=amd.method("dmd"), d=bound["dmd2"]._replace(lam_d=1))
+    ends = torch.stack([weights(steps(m, 3)[1])["student.out.weight"].flatten() for m in bound.values()])
+    assert (torch.cdist(ends, ends) + torch.eye(11) > 1e-6).all()
 def test_method_binds_and_checks_and_blend_moves_weights():
     d, a = amd.Displacements(*double(3, 8, 2), 3.0), torch.full((8, 1), 0.5).double()
     m = amd.method("amd", s=0.25, tau=2, lam=3, lam_d=4, unit_w=True)
@@ -259,32 +261,20 @@ def test_method_binds_and_checks_and_blend_moves_weights():
     for bad in (dict(s=1.1), dict(tau=0), dict(fade=0), dict(lam=-1), dict(lam_d=-1)):
         with pytest.raises(ValueError, match="choose"): amd.method("amd", **bad)
     with pytest.raises(ValueError, match="magic, dmdr, amd, naive, reward_forcing"): amd.method("no")
-    amd.method("amd", s=1, fade=0.5, lam_d=0)
     defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
     assert defaults(amd.method) == dict(s=0.5, tau=1.0, lam=0.0, lam_d=0.01, fade=10_000, unit_w=False)
-    given = defaults(amd.train)
-    assert given.pop("update").keywords == dict(clip=10.0) == defaults(amd.update)
+    assert (given := defaults(amd.train)).pop("update").keywords == dict(clip=10.0) == defaults(amd.update)
     assert given == dict.fromkeys("reward null truth logits adapt".split()) | dict(
         K=8, w=1.0, schedule=amd.flow, shift=1.0, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5,
         accum=1, seed=0, start=0)
     assert defaults(amd.fade) == dict(over=10_000) and defaults(amd.backward_simulation)["u"] == 1.0
-def test_critic_loss_is_binary_cross_entropy():
-    z, real, D, calls = draw(), double(8, 2), nn.Linear(2, 1).double(), []
-    logits = lambda x_t, t, c: (calls.append(len(c)), D(x_t)[:, 0] + t)[1]
-    loss = amd.critic_loss(z, lambda c: real, logits)
-    on = torch.cat([D(amd.renoise(x, z.t, z.eps))[:, 0] + z.t for x in (z.x, real)])
-    close(loss, 2 * F.binary_cross_entropy_with_logits(on, (torch.arange(16) >= 8).double()))
-    loss.backward()
-    assert calls == [16] and D.weight.grad is not None
 def test_backward_simulation_by_hand():
-    net, c, z, levels = nn.Linear(2, 2), torch.zeros(8), torch.randn(8, 2), [1.0, 0.6, 0.3]
-    seen = []
+    net, c, z, levels, seen = nn.Linear(2, 2), torch.zeros(8), torch.randn(8, 2), [1.0, 0.6, 0.3], []
     denoise = lambda x_t, t, c: (seen.append(t), net(x_t) * amd.like(t, x_t))[1]
     for u, k in [(0.0, 0), (0.33, 0), (0.34, 1), (0.67, 2), (0.999, 2), (1.0, 2)]:
-        torch.manual_seed(3)
+        seen.clear(), torch.manual_seed(3)
         x, t_G = amd.backward_simulation(denoise, z, c, levels, u, lambda t: (1 - t**2, t))
-        torch.manual_seed(3)
-        x_t = z
+        x_t, _ = z, torch.manual_seed(3)
         for i in range(k):
             with torch.no_grad():
                 x_t = (1 - levels[i + 1] ** 2) * net(x_t) * levels[i] + levels[i + 1] * torch.randn(8, 2)
@@ -292,7 +282,6 @@ def test_backward_simulation_by_hand():
         close(x, want, rtol=1e-5)
         assert t_G == levels[k] and len(seen) == k + 1 and seen[-1].shape == (8,)
         close(*(torch.autograd.grad(v.sum(), net.weight)[0] for v in (x, want)), rtol=1e-5)  # the exit's graph alone
-        seen.clear()
     with pytest.raises(ValueError, match="falling"): amd.backward_simulation(denoise, z, c, [999, 499])
     assert amd.backward_simulation(lambda x_t, t, c: x_t * amd.like(t, x_t), z.bfloat16(), c, [1.0])[0].dtype == z.dtype
 def test_levels_are_shared_by_a_group_and_warped():
@@ -402,60 +391,22 @@ def test_micro_batches_change_nothing(name, monkeypatch):
         for k in a: assert_close(float(a[k]), float(b[k]), rtol=1e-7, atol=1e-9)
     assert one[0].keys() == {"step", "fake_step", "skipped", *amd.LOGGED}
     assert all(math.isfinite(v) for v in one[2].values())
-def test_every_row_of_table1_is_a_method_of_its_own(monkeypatch):
-    """Each of the eight ends three updates elsewhere; "noisier" is D-DMD's other reading."""
-    bound = {k: amd.method(k, lam=0.2, fade=3) for k in amd.METHODS}
-    bound |= dict(noisier=bound["ddmd"]._replace(t=amd.noisier), pure=amd.method("dmd"))
-    ends = {k: weights(steps(m, 3)[1])["student.out.weight"] for k, m in bound.items()}
-    ends["critic"] = weights(steps(bound["dmd2"]._replace(lam_d=1.0), 3)[1])["student.out.weight"]
-    names = list(ends)
-    for i, a in enumerate(names):
-        for b in names[:i]: assert (ends[a] - ends[b]).abs().max() > 1e-6, (a, b)
 def test_unit_w_and_the_log():
-    log = steps(amd.method("amd", tau=0.3, unit_w=True), 1)[0][0]
+    (log,), _ = steps(amd.method("amd", tau=0.3, unit_w=True), 1)
     close(float(log["w_mean"]), 1.0)
-    args, closures, _ = setting()
-    r, a = [], []
+    (args, closures, _), r, pure = setting(), [], amd.method("dmd")  # pure senses nothing: a reward is for the log alone
     reward = lambda x, c: (r.append(closures["reward"](x, c)), r[-1])[1]
     log = next(amd.train(amd.method("amd", tau=0.3), *args, reward=reward, K=4))
-    groups = [v.view(2, 4) for v in r]
-    for g in groups: a += [((v - v.mean()) / ((v - v.mean()).square().mean().sqrt() + 1e-6)).clamp(-1, 1) for v in g]
-    a, std = torch.stack(a), torch.stack([g.var(1, unbiased=False).sqrt().mean() for g in groups]).mean()
-    for k, v in dict(reward=torch.stack(r).mean(), w_mean=(-a / 0.3).exp().mean(), fake_step=5, reward_std=std,
+    groups = torch.stack(r).view(-1, 4)
+    std = groups.std(1, keepdim=True, unbiased=False)
+    a = ((groups - groups.mean(1, keepdim=True)) / (std + 1e-6)).clamp(-1, 1)
+    for k, v in dict(reward=groups.mean(), w_mean=(-a / 0.3).exp().mean(), fake_step=5, reward_std=std.mean(),
                      adv_clip=(a.abs() == 1).double().mean()).items(): close(float(log[k]), float(v))
-    pure = amd.method("dmd")  # senses nothing: a reward is for the log, or missing
     assert next(amd.train(pure, *args, reward=reward, K=1, fake_steps=1))["adv_clip"] == 0
     assert next(amd.train(pure, *args, reward=reward, K=4, fake_steps=1))["adv_clip"] > 0
     log = next(amd.train(pure, *args, K=1, fake_steps=1))
     assert math.isnan(log["reward"]) and float(log["ca_norm"]) == 0 < float(log["dm_norm"])
     close(amd.rms(f64([[3, 4], [0, 0]])), f64(12.5**0.5 / 2))
-@pytest.mark.parametrize("name", ["ddmd", "dmd2"])
-def test_schedule_space_and_precision_reach_every_call(name):
-    """Under alpha = 1, sigma = 0 every network sees the clean sample, in float32 and at a float32 level."""
-    args, closures, nets = setting()
-    for net in nets.values(): net.float()
-    truth, seen = torch.rand(8, 2), []
-    still = lambda t: (torch.ones_like(t), torch.zeros_like(t))
-    def student(c, u):
-        x, t_G = amd.backward_simulation(nets["student"], c["z"], c, [1.0, 0.5], 1.0, still)
-        seen.append(x.detach().bfloat16().float())
-        return x.bfloat16(), t_G
-    def clean(x_t, t):
-        assert x_t.dtype == t.dtype == torch.float32 and len(x_t) == len(t)
-        assert all(v.equal(seen[-1]) or v.equal(truth) for v in x_t.detach().split(8))
-    def real(x_t, t, c): return clean(x_t, t) or x_t + c["y"][:, None]
-    def fake(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c)
-    def logits(x_t, t, c): return clean(x_t, t) or nets["fake"](x_t, t, c, head=True)
-    batch = lambda n, j: {k: args[3](n, j)[k].float() for k in "yz"}
-    log = next(amd.train(amd.method(name, lam=0.1), student, real, fake, batch, *args[4:], null=closures["null"], K=8,
-                         w=2.0, schedule=still, space="x0", truth=lambda c: truth, logits=logits, fake_steps=2))
-    assert log["skipped"] == 0 and len(seen) == 2
-def test_the_critic_descends_its_loss_at_rate_lam_d(monkeypatch):
-    args, closures, nets = setting()
-    monkeypatch.setattr(amd, "critic_loss", lambda *a: nets["fake"].head.weight.sum())
-    before, sgd = nets["fake"].head.weight.detach().clone(), torch.optim.SGD(nets["fake"].parameters(), 0.5)
-    next(amd.train(amd.method("dmd2", lam=0.1, lam_d=0.25), *args[:5], sgd, **closures, K=8, fake_steps=1))
-    close(nets["fake"].head.weight.detach(), before - 0.125)
 def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
     grads, noise = [], []
     watched = lambda c, u: (grads.append(torch.is_grad_enabled()), noise.append(torch.rand(3)), args[0](c, u))[2]
@@ -482,9 +433,8 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     assert [next(logs)["skipped"] for _ in range(3)] == [3, 6, 9]
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
     assert next(logs)["skipped"] == 9 and not weights(nets)["student.out.weight"].equal(before["student.out.weight"])
-    n.clear()
-    logs = amd.train(amd.method("amd"), lambda c, u: (n.append(0), generate(c, u)[0] * math.nan, 1.0)[1:], real, fake,
-                     *rest, **kw)
+    n, student = [], lambda c, u: (n.append(0), generate(c, u)[0] * math.nan, 1.0)[1:]
+    logs = amd.train(amd.method("amd"), student, real, fake, *rest, **kw)
     with pytest.raises(FloatingPointError, match="ten updates in a row"): [next(logs) for _ in range(4)]
     assert len(n) == 10
 @pytest.mark.parametrize("given, message", [
@@ -496,94 +446,27 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (dict(real=lambda x_t, t, c: x_t[:, :1]), "real returned"), (dict(fake=lambda x_t, t, c: x_t[:1]), "fake returned"),
     (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"), (dict(space="v"), "space out of"),
     (dict(t_range=(20, 980)), "t_range in [0, 1]"), (dict(t_range=(0.9, 0.1)), "t_range"), (dict(shift=0), "above 0"),
-    (dict(accum=0), "above 0"), (dict(fake_steps=0), "above 0"), (dict(t_range=(-0.1, 1)), "t_range in"),
-    (dict(t_range=(0.5, 1.5)), "t_range"), (dict(t_range=(0.5, 0.5)), "t_range"), (dict(K=0), "above 0"),
-    (dict(w=2.0, null=lambda c: dict(c, tag="no")), "use tensors"),
+    (dict(accum=0), "above 0"), (dict(fake_steps=0), "above 0"), (dict(t_range=(-0.1, 1)), "t_range"), (
+        dict(K=0), "above 0"), (dict(w=2.0, null=lambda c: dict(c, tag="no")), "use tensors"),
     (dict(name="dmd", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
     (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
     (dict(batch=lambda n, j: dict(y=torch.zeros(3 + 2 * j).double(), z=double(3 + 2 * j, 2)), accum=2), "equal micro"),
-    (dict(name="dmd2", lam=1, logits=lambda x_t, t, c: x_t), "logits returned shape"),
-])  # fmt: skip
+    (dict(name="dmd2", lam=1, logits=lambda x_t, t, c: x_t), "logits returned shape")])
 def test_train_says_what_is_wrong(given, message):
     args, closures, nets = setting()
-    generate, real, fake, batch, *opts = args
-    given = dict(name="amd", K=4, w=1.0, lam=0.0, real=real, fake=fake, batch=batch) | closures | given
+    names, before = "student real fake batch opt_student opt_fake".split(), copy.deepcopy(weights(nets))
+    given = dict(name="amd", K=4, w=1.0, lam=0.0) | dict(zip(names, args, strict=True)) | closures | given
     m = amd.method(given.pop("name"), lam=given.pop("lam"))
-    before = copy.deepcopy(weights(nets))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        next(amd.train(m, generate, given.pop("real"), given.pop("fake"), given.pop("batch"), *opts, **given))
+    with pytest.raises(ValueError, match=re.escape(message)): next(amd.train(m, **given))
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
 def test_update_clips_each_optimizer_and_steps_all_or_none():
-    nets = [nn.Linear(3, 1, bias=False) for _ in range(2)]
-    before = [net.weight.detach().clone() for net in nets]
-    opts = [torch.optim.SGD(net.parameters(), 1.0) for net in nets]
-    nets[0].weight.grad, nets[1].weight.grad = torch.tensor([[3.0, 4, 0]]), torch.tensor([[0.3, 0.4, math.nan]])
-    assert not amd.update(opts, 1.0).isfinite().all()
-    assert all(net.weight.equal(w) for net, w in zip(nets, before, strict=True))
-    nets[1].weight.grad[0, 2] = 0
+    w = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    opts = [torch.optim.SGD([p], 1.0) for p in w]
+    w[0].grad, w[1].grad = torch.tensor([3.0, 4, 0]), torch.tensor([0.3, 0.4, math.nan])
+    assert not amd.update(opts, 1.0).isfinite().all() and not any(p.any() for p in w)
+    w[1].grad[2] = 0
     close(amd.update(opts, 1.0), torch.tensor([5.0, 0.5]))
-    for net, old, moved in zip(nets, before, ([[0.6, 0.8, 0]], [[0.3, 0.4, 0]]), strict=True):
-        close(old - net.weight.detach(), torch.tensor(moved), rtol=1e-4, atol=1e-6)
-
-# ------------------------------------------------------------------------- what the large backbones will need of train
-class LoRA(nn.Module):
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, wide, deep = linear, linear.in_features, linear.out_features
-        self.down, self.up = nn.Parameter(double(2, wide)), nn.Parameter(torch.zeros(deep, 2).double())
-    def forward(self, x): return self.linear(x) + x @ self.down.T @ self.up.T
-@slow
-def test_two_loras_on_one_frozen_base(tmp_path):
-    """Student and fake are adapters on copies that share the base's storage; the base is the real teacher."""
-    before = copy.deepcopy((base := Net(0).requires_grad_(False)).state_dict())
-    student, fake = (copy.deepcopy(base, {id(p): p for p in [*base.parameters(), *base.buffers()]}) for _ in range(2))
-    for net in (student, fake): net.body, net.out = LoRA(net.body), LoRA(net.out)
-    assert student.body.linear.weight is base.body.weight is fake.body.linear.weight
-    opts = [kind([p for p in net.parameters() if p.requires_grad], 1e-2)  # Adafactor's states have shapes of their own
-            for kind, net in ((torch.optim.Adafactor, student), (torch.optim.AdamW, fake))]
-    ema, average, ((_, _, _, batch, *_), closures, _) = amd.EMA(student, 0.9), torch.zeros(16, 2).double(), setting()
-    logs = amd.train(amd.method("amd"), lambda c, u: amd.backward_simulation(student, c["z"], c, [1.0, 0.5], u), base,
-                     fake, batch, *opts, reward=closures["reward"], K=4, fake_steps=2)
-    for _ in range(3):
-        next(logs), ema.update()
-        average = 0.9 * average + 0.1 * student.body.up.detach()
-    close(ema.shadow["body.up"], average)
-    assert all(v.equal(before[k]) for k, v in base.state_dict().items())
-    ups = [net.body.up for net in (student, fake)]
-    assert all(up.any() for up in ups) and not ups[0].equal(ups[1])
-    assert ema.shadow.keys() == {f"{m}.{p}" for m in ("body", "out") for p in ("down", "up")}
-    parts = dict(student=(student, opts[0], ema), fake=(fake, opts[1], None))
-    amd.save(tmp_path, 3, **parts)
-    assert not [k for k in amd.tensors(parts) if "linear" in k or "param_groups" in k]
-    kept, kept_ema = ups[0].detach().clone(), ema.shadow["body.up"].clone()
-    assert ema.swap() or ups[0].equal(kept_ema)
-    assert ema.swap() or ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
-    with torch.no_grad(): ups[0].zero_(), ema.shadow["body.up"].zero_()
-    states = copy.deepcopy(opts[0].state_dict()["state"]); opts[0].state.clear()
-    assert amd.load(tmp_path, **parts) == 3 and ups[0].equal(kept) and ema.shadow["body.up"].equal(kept_ema)
-    for i, fields in opts[0].state_dict()["state"].items():
-        assert fields.keys() == states[i].keys() and all(torch.equal(v, states[i][k]) for k, v in fields.items())
-def causal_steps(shard=lambda net: net, world=1, rank=0, checkpoint=False):
-    """A student that makes three blocks, each from what its cache holds of those before, a clean pass rewriting it."""
-    args, _, nets = setting(world=world, rank=rank, shard=shard)
-    frames = lambda net: lambda x_t, t, c: torch.stack([net(x, t, c) for x in x_t.unbind(1)], 1)
-    student = nets["student"]
-    run = partial(torch.utils.checkpoint.checkpoint, student, use_reentrant=False) if checkpoint else student
-    def generate(c, u):
-        blocks, cache = [], 0 * c["y"]
-        for i in range(3):
-            past = dict(c, y=c["y"] + cache)
-            x, t_G = amd.backward_simulation(run, c["z"].roll(i, 1), past, [1.0, 0.5], u)
-            with torch.no_grad(): cache = cache + student(x, 0 * c["y"], past).mean(1)
-            blocks.append(x)
-        return torch.stack(blocks, 1), t_G
-    logs = amd.train(amd.method("amd"), generate, frames(args[1]), frames(args[2]), *args[3:], K=8, fake_steps=2,
-                     reward=lambda x, c: x.mean((1, 2)))
-    return [next(logs) for _ in range(3)], nets
-def test_causal_rollout_with_and_without_checkpointing():
-    plain, checkpointed = (weights(causal_steps(checkpoint=flag)[1]) for flag in (False, True))
-    assert not plain["student.out.weight"].equal(Net(1).out.weight)
-    for k, v in plain.items(): close(v, checkpointed[k])
+    close(-w[0].detach(), torch.tensor([0.6, 0.8, 0]), rtol=1e-4), close(-w[1].detach(), torch.tensor([0.3, 0.4, 0]))
 
 # ---------------------------------------------------------------------------------------- real processes: Part II
 def launch(*command, ranks=1, script="test_amd.py"):
@@ -597,11 +480,11 @@ def finish(process):
 LAM = dict(lam=0.2, tau=0.5, fade=3, unit_w=True)
 @slow
 def test_two_ranks_change_nothing(tmp_path, monkeypatch):
-    """A group of 8 on 2 ranks x 2 micro-batches, plain and under FSDP2, against one process: all rows, and causal."""
-    finish(launch("span", tmp_path, ranks=2))
+    """A group of 8 on 2 ranks x 2 micro-batches, plain and under FSDP2, against one process, for every row."""
+    finish(launch(tmp_path, ranks=2))
     monkeypatch.setattr(torch, "randn_like", hashed)
-    for name in [*amd.METHODS, "causal"]:
-        logs, nets = causal_steps() if name == "causal" else steps(amd.method(name, **LAM), 3, K=8)
+    for name in amd.METHODS:
+        logs, nets = steps(amd.method(name, **LAM), 3, K=8)
         for kind in ("plain", "sharded"):
             there = torch.load(tmp_path / f"{name}_{kind}.pt")
             for k, v in weights(nets).items(): assert_close(there["weights"][k], v, rtol=1e-9, atol=1e-9)
@@ -609,10 +492,8 @@ def test_two_ranks_change_nothing(tmp_path, monkeypatch):
 def span(out):
     _, (rank, world), torch.randn_like = amd.launch(), amd.ranks(), hashed
     for kind, shard in (("plain", lambda net: net), ("sharded", lambda net: amd.shard(net, [net.body], dtype=None))):
-        for name in [*amd.METHODS, "causal"]:
-            kw = dict(world=world, rank=rank, shard=shard)
-            kw |= {} if name == "causal" else dict(method=amd.method(name, **LAM), count=3, accum=2, K=8)
-            logs, nets = (causal_steps if name == "causal" else steps)(**kw)
+        for name in amd.METHODS:
+            logs, nets = steps(amd.method(name, **LAM), 3, 2, world, rank, shard, K=8)
             log, full = {k: float(v) for k, v in logs[-1].items()}, weights(nets)
             if rank == 0: torch.save(dict(weights=full, log=log), Path(out) / f"{name}_{kind}.pt")
     (generate, *args), noise = setting(world=world, rank=rank)[0], []
@@ -620,7 +501,7 @@ def span(out):
     next(amd.train(amd.method("dmd"), student, *args, K=8, fake_steps=1))
     assert len(amd.gather(noise[0]).unique(dim=0)) == world, "every rank draws its own noise"
 @slow
-def test_bad_checkpoints_say_so(tmp_path):
+def test_bad_checkpoints_and_other_runs_say_so(tmp_path):
     parts = lambda net: dict(student=(net, torch.optim.AdamW(net.parameters()), None))
     net = nn.Linear(4, 4)
     assert amd.load(tmp_path, **parts(net)) == 0
@@ -637,9 +518,8 @@ def test_bad_checkpoints_say_so(tmp_path):
     assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="step_10 is damaged"): amd.load(tmp_path, **parts(nn.Linear(4, 4)))
-@slow
-def test_open_run_guards_what_is_there(tmp_path):
-    config, out = dict(lr=1e-3, out=Path("x")), amd.open_run(tmp_path / "run", dict(lr=1e-3, out=Path("x")))
+    config = dict(lr=1e-3, out=Path("x"))
+    out = amd.open_run(tmp_path / "run", config)
     assert json.loads((out / "config.json").read_text())["config"] == dict(lr=1e-3, out="x")
     assert amd.open_run(out, config, resume=True) == out
     for changed, resume, message in ((config, False, "resume it"), (config | dict(lr=2e-3), True, "lr 0.001 -> 0.002")):
@@ -681,36 +561,45 @@ def test_toy2d_makes_every_figure(tmp_path):
 def test_toy2d_teacher_and_measures():
     """The exact teacher against an average over data; perfect samples against their own target."""
     import toy2d as lab  # needs matplotlib and tqdm, which the fast tests do without
-    y = torch.ones(400_000).long()
+    y, at, t = torch.ones(400_000).long(), torch.tensor([[0.3, -0.2]]), 0.6
     x = lab.real_samples(y)
-    at, t = torch.tensor([[0.3, -0.2]]), 0.6
     weight = (-(at - (1 - t) * x).square().sum(1) / (2 * t * t)).softmax(0)
     close(lab.exact_teacher(at, torch.tensor([t]), (y[:1],))[0], weight @ x, rtol=0, atol=0.02)
     density = (-lab.energy(lab.grid(401))).exp()
     close(density.sum() * (8 / 400) ** 2, torch.tensor(1.0), rtol=1e-3, atol=0)
-    target = lab.target_mass("selective")
-    close(target.view(3, 3), torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]]) / 6)
+    close(lab.target_mass("selective").view(3, 3), torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]]) / 6)
     x = lab.MODES[[0, 2, 4, 4, 6, 8] * 1500] + lab.STD * torch.randn(9000, 2)
-    got = lab.measure(x, "selective")
+    got, away = (lab.measure(v, "selective") for v in (x, x + 1))
     assert got["off"] < 0.002 and got["bad"] == 0 and got["modes"] == 5 and got["tv"] < 0.02 and got["sw2"] < 0.05
-    assert 1e-4 < got["zone"] < 0.003
-    got = lab.measure(x + 1, "selective")
-    assert got["off"] > 0.99 and got["zone"] > 0.99 and abs(got["sw2"] - 1) < 0.05  # of (1, 1)
+    assert 1e-4 < got["zone"] < 0.003 and away["off"] > 0.99 < away["zone"] and abs(away["sw2"] - 1) < 0.05  # of (1, 1)
 @slow
 @pytest.mark.parametrize("script, flags, message", [
-    ("toy2d", "--s 2", "choose s in"), ("sdxl", "--prompts {}/file", "give 1 to 2,000"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out {}/file/x", "--out"),
+    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out file/x", "--out"),
     ("sit_imagenet", "--preset digits --lr -1", "choose lr"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
     ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "--preset digits --method dmd", "no sample"),
-    ("sit_imagenet", "--teacher {}/file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
-    ("sit_imagenet", "--preset cifar10 --data {}/images", "one class"), ("sit_imagenet", "--w 1 2", "choose one --w"),
-    ("sit_imagenet", "--init {}", "config.json"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch")])
-def test_bad_input_is_one_line(tmp_path, script, flags, message):
-    (tmp_path / "images/class").mkdir(parents=True), (tmp_path / "file").touch()
-    pytest.importorskip("PIL.Image").new("RGB", (4, 4)).save(tmp_path / "images/class/a.png")
-    command = [sys.executable, HERE / f"{script}.py", "--out", tmp_path / "out", *flags.format(tmp_path).split()]
-    got = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
-    assert not list(tmp_path.glob("out/*")) and not (tmp_path / "runs").exists(), "nothing is written before"
+    ("sit_imagenet", "--teacher file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
+    ("sit_imagenet", "--preset cifar10 --data images", "one class"), ("sit_imagenet", "--w 1 2", "choose one --w"),
+    ("sit_imagenet", "--init .", "config.json"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch"),
+    ("sdxl", "--prompts file", "give 1 to 2,000"), ("sdxl", "--prompts latin.txt", "not UTF-8"), ("sdxl", "--lr 0", "lr"),
+    ("sdxl", "--prompts long.txt", "prompt 2"), ("sdxl", "--prompts half.jsonl", "no .jsonl"), ("sdxl", "score", "give"),
+    ("sdxl", "--prompts no.txt", "No such file"), ("sdxl", "--model torn", "has no unet"), ("sdxl", "sample", "--init"),
+    ("sdxl", "--method dmd2", "for dmd2, which needs it"), ("sdxl", "--real-data images", "is for dmd2"),
+    ("sdxl", "--batch 12", "choose K"), ("sdxl", "--batch 8 --accum 3", "take a multiple"), ("sdxl", "--s 2", "choose s"),
+    ("sdxl", "sample --init x --layout hpdv2", "the folder of"), ("sdxl", "--method dmd --lam 1", "no pairs"),
+    ("sdxl", "--dry-run tiny --method dmd2 --real-data images --image-size 96", "bottleneck is 6")])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, script, flags, message):
+    monkeypatch.chdir(tmp_path), pictures(tmp_path / "images"), (tmp_path / "images/class").mkdir()
+    picture("images/0.png").save("images/class/a.png"), (tmp_path / "file").touch()
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1")), (tmp_path / "half.jsonl").write_text('{"prompt": ')
+    (tmp_path / "long.txt").write_text("ok\n" + "x" * 10_000), (tmp_path / "torn/vae").mkdir(parents=True)
+    (tmp_path / "torn/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline", "unet": ["a", "b"]}')
+    if script == "toy2d" or flags in ("--w 1 2", "--lr 0"):
+        got = subprocess.run([sys.executable, HERE / f"{script}.py", *flags.split()], capture_output=True, text=True)
+        assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
+    else:
+        lib = __import__(script)
+        with pytest.raises((ValueError, OSError), match=re.escape(message)): lib.main(lib.parse(flags.split()))
+    assert not (tmp_path / "runs").exists(), "nothing is written before"
 
 # -------------------------------------------------------------------------------------------------- sit_imagenet.py
 def sit_by_hand(w, x, t, y, p, heads=2):
@@ -891,16 +780,17 @@ def test_sit_presets_run_every_arm(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- sdxl.py
 @pytest.fixture
 def sd(tmp_path, monkeypatch):
-    """sdxl.py, run on tiny random networks: sd(flags) -> what its prepare returns."""
+    """sdxl.py in an empty folder; sd.run(flags): what its `prepare` returns, of tiny random networks."""
     import sdxl
     monkeypatch.chdir(tmp_path)
-    made = lambda flags: sdxl.parse(f"--dry-run tiny --no-compile {flags}".split())
-    return argparse.Namespace(**vars(sdxl), args=made, run=lambda flags: sdxl.prepare(made(flags), torch.device("cpu")))
+    args = lambda flags: sdxl.parse(f"--dry-run tiny --no-compile {flags}".split())
+    return argparse.Namespace(**vars(sdxl), args=args, run=lambda flags: sdxl.prepare(args(flags), CPU))
+CPU, picture = torch.device("cpu"), lambda path: __import__("PIL.Image").Image.open(path)
 def pictures(folder, count=5):
-    folder.mkdir(), random.seed(0)
-    for i in range(count):
-        size = 90 + 10 * i, 80
-        __import__("PIL.Image").Image.frombytes("RGB", size, random.randbytes(3 * size[0] * size[1])).save(folder / f"{i}.png")
+    np = __import__("numpy").random.default_rng(0)
+    folder.mkdir()
+    for i in range(count): __import__("PIL.Image").Image.fromarray(
+        np.integers(0, 256, (80, 90 + 10 * i, 3), dtype="uint8")).save(folder / f"{i}.png")
     rows = [json.dumps(dict(file_name=f"{i}.png", text=f"noise number {i}")) for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
 @slow
@@ -909,66 +799,57 @@ def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
     from diffusers import DDPMScheduler
     pictures(tmp_path / "real")
     run = sd.run("--method dmd2 --real-data real --lora-rank 0 --group 4")
-    grid, head = DDPMScheduler.from_config(run.pipe.scheduler.config), run.nets["fake"].head
-    with torch.no_grad(): [p.normal_(0, 0.1) for p in head.parameters()]
-    G, psi = copy.deepcopy(run.nets["student"]), copy.deepcopy(run.nets["fake"])
-    c, bottleneck, abar = run.batch(0, 0), [], grid.alphas_cumprod
+    grid, nets = DDPMScheduler.from_config(run.pipe.scheduler.config), (run.nets["student"], run.nets["fake"])
+    with torch.no_grad(): [p.normal_(0, 0.1) for p in nets[1].head.parameters()]
+    (G, psi), c, bottleneck = map(copy.deepcopy, nets), run.batch(0, 0), []
     psi.mid_block.register_forward_hook(lambda m, i, out: bottleneck.append(out))
-    def eps_of(net, x_t, i, empty=False):
-        of = lambda v: torch.zeros_like(v) if empty else v
+    def eps_of(net, x_t, i, mute=1):
         ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * 8)
-        return net(x_t, i, of(c["text"]), added_cond_kwargs=dict(text_embeds=of(c["pooled"]), time_ids=ids)).sample
-    def x0(x_t, i, eps): return (x_t - (1 - abar[i])[:, None, None, None].sqrt() * eps) / abar[i][:, None, None, None].sqrt()
-    def D(x, eps, i):
-        eps_of(psi, grid.add_noise(x, eps, i), i)
-        return psi.head(bottleneck.pop()).flatten()
+        return net(x_t, i, mute * c["text"], added_cond_kwargs=dict(text_embeds=mute * c["pooled"], time_ids=ids)).sample
+    def x0(x_t, i, eps):
+        abar = grid.alphas_cumprod[i][:, None, None, None]
+        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+    def D(x): return (eps_of(psi, grid.add_noise(x, eps, i), i), psi.head(bottleneck.pop()).flatten())[1]
     shared = torch.Generator().manual_seed(amd.key(0, 0))
-    k = int(4 * torch.rand((), generator=shared).item())
-    t = torch.rand(2, 2, generator=shared, dtype=torch.float64)[0].repeat_interleave(4)
-    i = (20 + 960 * t).round().long()  # of 1,000; one for each group, Alg. 1
+    k = int(4 * torch.rand((), generator=shared).item())  # the exit
+    t = torch.rand(2, 2, generator=shared, dtype=torch.float64)[0].repeat_interleave(4)  # one for each group, Alg. 1
+    i, steps = (20 + 960 * t).round().long(), [torch.full((8,), step) for step in (999, 749, 499, 249)]
     torch.manual_seed(amd.key(0, 0, 0, 0))
-    x_t, steps = torch.randn(8, 4, 8, 8), [torch.full((8,), step) for step in (999, 749, 499, 249)]
+    x_t = torch.randn(8, 4, 8, 8)
     for a, b in zip(steps[:k], steps[1:], strict=False):  # backward simulation
         with torch.no_grad(): x_t = grid.add_noise(x0(x_t, a, eps_of(G, x_t, a)), torch.randn_like(x_t), b)
     x = x0(x_t, steps[k], eps_of(G, x_t, steps[k]))
     eps = torch.randn_like(x)
     with torch.no_grad():
         x_t, real = grid.add_noise(x, eps, i), run.nets["real"]
-        none, both = eps_of(real, x_t, i, True), eps_of(real, x_t, i)
+        none, both = eps_of(real, x_t, i, 0), eps_of(real, x_t, i)
         p_real, p_fake = x - x0(x_t, i, none + 8 * (both - none)), x - x0(x_t, i, eps_of(psi, x_t, i))
         grad = (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
-    loss = 0.5 * F.mse_loss(x, (x - grad).detach()) + 5e-3 * F.softplus(-D(x, eps, i)).mean()
-    want = [torch.autograd.grad(loss, [*G.parameters()])]
-    x, latents = x.detach(), []
-    for j in c["index"].tolist():
-        picture = __import__("PIL.Image").Image.open(tmp_path / f"real/{j}.png")
-        v = sd.form(64, [0.5], [0.5])(picture)[None]
-        assert v.shape == (1, 3, 64, 64) and -1 <= v.min() < -0.9
-        latents.append(run.pipe.vae.encode(v).latent_dist.mean * 0.13025)
+        pixels = [sd.form(64, [0.5], [0.5])(picture(f"real/{j}.png"))[None] for j in c["index"].tolist()]
+        true = torch.cat([run.pipe.vae.encode(v).latent_dist.mean * 0.13025 for v in pixels])
+    want = [torch.autograd.grad(0.5 * F.mse_loss(x, (x - grad).detach()) + 5e-3 * F.softplus(-D(x)).mean(), [*G.parameters()])]
+    x = x.detach()
     loss = F.mse_loss(eps_of(psi, grid.add_noise(x, eps, i), i), eps) + 1e-2 * (
-        F.softplus(D(x, eps, i)) + F.softplus(-D(torch.cat(latents).detach(), eps, i))).mean()
+        F.softplus(D(x)) + F.softplus(-D(true))).mean()
     want.append(torch.autograd.grad(loss, [*psi.parameters()]))
-    nets = run.nets["student"], run.nets["fake"]
     before = [[p.detach().clone() for p in net.parameters()] for net in nets]
-    opts = [torch.optim.SGD(net.parameters(), 1.0) for net in nets]
-    log = next(run.train(opt_student=opts[0], opt_fake=opts[1], fake_steps=1, update=partial(amd.update, clip=1e9)))
-    assert log["skipped"] == 0 and k > 0 and not log["reward"].isnan()
+    student, fake = (torch.optim.SGD(net.parameters(), 1.0) for net in nets)
+    log = next(run.train(opt_student=student, opt_fake=fake, fake_steps=1, update=partial(amd.update, clip=1e9)))
+    assert log["skipped"] == 0 and k > 0 and pixels[0].shape == (1, 3, 64, 64) and -1 <= pixels[0].min() < -0.9
     for net, old, grads in zip(nets, before, want, strict=True):
-        for p, q, g in zip(net.parameters(), old, grads, strict=True): assert_close(q - p.detach(), g, rtol=1e-3, atol=1e-5)
+        for p, q, g in zip(net.parameters(), old, grads, strict=True): assert_close(q - p, g, rtol=1e-3, atol=1e-5)
 @slow
 def test_sdxl_adapters_leave_the_teacher_alone(sd):
-    """Student, fake and the adapted teacher on one base: none sees another's adapter, and training none of the base."""
+    """Student, fake and adapted teacher on one base: none sees another's adapter, and training none of the base."""
     run = sd.run("--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --accum 2 --ema 0.5")
     c, x, t = run.batch(0, 0), torch.randn(4, 4, 8, 8), torch.full((4,), 0.4)
     look = torch.no_grad()(lambda name: run.call[name](x, t, c))
     base, own = look("real"), {id(p) for p in run.nets["real"].parameters()}
-    assert look("student").equal(base) and all(own < {id(p) for p in run.nets[k].parameters()} for k in ("student", "fake"))
+    assert all(own < {id(p) for p in run.nets[k].parameters()} and look(k).equal(base) for k in ("student", "fake"))
     logs = run.train()
-    for _ in range(2): next(logs)
-    assert look("real").equal(base) and len({id(run.nets[k]) for k in run.nets}) == 4
+    assert next(logs)["skipped"] == next(logs)["skipped"] == 0 and look("real").equal(base)
     assert min((look("student") - base).abs().max(), (look("fake") - look("student")).abs().max()) > 1e-4
-    assert_close(run.adapt(1.0)(x, t, c), look("fake")), assert_close(run.adapt(0.0)(x, t, c), base)
-    fake = look("fake")
+    assert_close(run.adapt(1.0)(x, t, c), fake := look("fake")), assert_close(run.adapt(0.0)(x, t, c), base)
     with torch.no_grad(): [p.zero_() for k, p in run.nets["student"].named_parameters() if "lora_B" in k]
     assert_close(look("student"), base, rtol=0, atol=1e-6), assert_close(look("fake"), fake, rtol=0, atol=0)
     assert not [k for k in amd.tensors(run.parts) if "lora" not in k and ".opt." not in k]
@@ -977,7 +858,7 @@ def test_hpsv2_is_its_definition(sd, tmp_path):
     """Its authors' steps, one picture at a time, on random weights: to a tensor, longest side, black, CLIP, cosine."""
     import open_clip
     from torchvision.transforms import functional as V
-    cpu, args, Image = torch.device("cpu"), sd.args(""), __import__("PIL.Image").Image
+    args, texts, words = sd.args(""), [f"picture {i}" for i in range(5)], open_clip.get_tokenizer("ViT-H-14")
     pictures(tmp_path / "some"), torch.manual_seed(7)
     net = open_clip.CLIP(32, open_clip.CLIPVisionCfg(2, 32, 16, patch_size=56), open_clip.CLIPTextCfg(
         width=32, heads=2, layers=2)).eval()
@@ -985,80 +866,64 @@ def test_hpsv2_is_its_definition(sd, tmp_path):
         h, w = (round(side * 224 / max(image.shape)) for side in image.shape[1:])
         image = V.resize(image, [h, w], V.InterpolationMode.BICUBIC, antialias=True)
         image = V.pad(image, [(224 - w) // 2, (224 - h) // 2, 224 - w - (224 - w) // 2, 224 - h - (224 - h) // 2])
-        f = net.encode_image(V.normalize(image, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])[None])
-        return 100 * F.cosine_similarity(f, net.encode_text(open_clip.get_tokenizer("ViT-H-14")([prompt])))[0]
-    images, prompts = [Image.open(tmp_path / f"some/{i}.png") for i in range(5)], [f"picture {i}" for i in range(5)]
+        image = V.normalize(image, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+        return 100 * F.cosine_similarity(net.encode_image(image[None]), net.encode_text(words([prompt])))[0]
+    images = [picture(f"some/{i}.png") for i in range(5)]
+    want = torch.stack([by_hand(V.to_tensor(a), b) for a, b in zip(images, texts, strict=True)])
     torch.manual_seed(7)
-    got = sd.hpsv2(args, cpu)(images, prompts)
-    assert_close(got, torch.stack([by_hand(V.to_tensor(a), b) for a, b in zip(images, prompts, strict=True)]), rtol=0, atol=1e-4)
+    assert_close(sd.hpsv2(args, CPU)(images, texts), want, rtol=0, atol=1e-4)
     pipe = sd.random_pipeline(False)
     torch.manual_seed(7)
-    reward, read, seen = sd.load_reward(args, pipe, cpu)
-    x, xs = torch.randn(4, 4, 8, 8, requires_grad=True), torch.arange(4) // 2
-    c = sd.conditions(args, pipe, read, cpu)[0](prompts, xs)
+    (reward, read, seen), x = sd.load_reward(args, pipe, CPU), torch.randn(4, 4, 8, 8, requires_grad=True)
+    c = sd.conditions(args, pipe, read, CPU)[0](texts, torch.arange(4) // 2)
     image = ((pipe.vae.decode(x / 0.13025).sample + 1) / 2).clamp(0, 1)
-    want = torch.stack([by_hand(image[i], prompts[xs[i]]) for i in range(4)])
+    want = torch.stack([by_hand(image[i], texts[i // 2]) for i in range(4)])
     assert_close(reward(x, c), want, rtol=0, atol=1e-4)
-    g, = torch.autograd.grad(reward(x, c).sum(), x)
-    assert_close(g, torch.autograd.grad(want.sum(), x)[0], rtol=1e-3, atol=1e-5)
+    g, grad = (torch.autograd.grad(r.sum(), x)[0] for r in (reward(x, c), want))
+    assert_close(g, grad, rtol=1e-3, atol=1e-5)
     reward(x[:1].expand(4, -1, -1, -1), c)
-    assert seen["variety"] == 0 and g.abs().max() > 0
+    assert seen["variety"] == 0 < g.abs().max()
     reward(x, c | dict(index=torch.tensor([0, 1, 1, 2])))  # of the second and third alone
-    small = F.interpolate(image, (224, 224), mode="bicubic", antialias=True)[1:3] / torch.tensor(
-        [0.26862954, 0.26130258, 0.27577711])[:, None, None]
-    assert_close(seen["variety"], (small[0] - small[1]).abs().mean())
+    small = F.interpolate(image[1:3], (224, 224), mode="bicubic", antialias=True)
+    assert_close(seen["variety"], ((small[0] - small[1]) / torch.tensor(sd.STD)[:, None, None]).abs().mean())
 @slow
 def test_held_out_judges_and_the_winning_rate(sd, tmp_path, capsys, monkeypatch):
-    """ImageReward's file at a tiny size, its image half by transformers' BLIP; PickScore's cosine; Wilson by scipy."""
+    """ImageReward's file at a tiny size, PickScore's cosine, Wilson's interval by scipy."""
     import transformers as T
-    from scipy.stats import binomtest
     pictures(tmp_path / "some")
-    Image, texts, cpu = __import__("PIL.Image").Image, ["a fox", "fox in a fox"], torch.device("cpu")
-    images = [Image.open(tmp_path / f"some/{i}.png").resize((224, 224)) for i in (0, 1)]
+    texts, images = ["a fox", "fox in a fox"], [picture(f"some/{i}.png").resize((224, 224)) for i in (0, 1)]
     (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a fox in".split()))
-    words = T.BertTokenizer(str(tmp_path / "vocab.txt"))
-    words.save_pretrained(tmp_path / "bert")
-    size = dict(hidden_size=48, num_hidden_layers=2, intermediate_size=96)
-    see = T.BlipVisionModel(T.BlipVisionConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768,
-                                               layer_norm_eps=1e-6, image_size=224)).eval()
+    (words := T.BertTokenizer("vocab.txt")).save_pretrained("bert")
+    size, see = dict(hidden_size=48, num_hidden_layers=2, intermediate_size=96), __import__("timm").create_model(
+        "vit_tiny_patch16_224", num_classes=0).eval()
     read = T.models.blip.modeling_blip_text.BlipTextModel(
         T.BlipTextConfig(**size, encoder_hidden_size=192, num_attention_heads=12), add_pooling_layer=False).eval()
     mlp = [nn.Linear(a, b) for a, b in ((48, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
-    names = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed", "post_layernorm":
-             "norm", "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks", "self_attn": "attn",
-             "layer_norm": "norm", "projection": "proj"}
-    state = {f"blip.text_encoder.{k}": v for k, v in read.state_dict().items()} | {"blip.vision_proj.bias": torch.ones(2)}
-    state |= {f"mlp.layers.{i}.{k}": v for i, m in zip("02467", mlp, strict=True) for k, v in m.state_dict().items()}
-    for k, v in see.state_dict().items():
-        for new, old in names.items(): k = k.replace(new, old)
-        state[f"blip.visual_encoder.{k}"] = v
-    torch.save(state, tmp_path / "ImageReward.pt")
-    judge = sd.imagereward(None, cpu, tmp_path / "ImageReward.pt", tmp_path / "bert", "vit_tiny_patch16_224", **size)
-    pixels, c = torch.stack([sd.form(224, sd.MEAN, sd.STD)(image) for image in images]), words(
-        texts, padding="max_length", max_length=35, return_tensors="pt")
-    h = read(c.input_ids, c.attention_mask, encoder_hidden_states=see(pixels)[0], is_decoder=False)[0][:, 0]
-    for layer in mlp: h = layer(h)
-    assert_close(judge(images, texts), (h[:, 0] - 0.16717362830052426) / 1.0333394966054072, rtol=1e-4, atol=1e-6)
-    net = T.CLIPModel(T.CLIPConfig(text_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
-                                   vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)))
-    net.save_pretrained(tmp_path / "pick")
-    T.CLIPProcessor(T.CLIPImageProcessor(), sd.random_pipeline(False).tokenizer).save_pretrained(tmp_path / "form")
-    c = sd.random_pipeline(False).tokenizer(texts, padding=True, return_tensors="pt")
+    parts = {"blip.visual_encoder": see, "blip.text_encoder": read, "blip.vision_proj": nn.Linear(2, 2)} | {
+        f"mlp.layers.{i}": m for i, m in zip("02467", mlp, strict=True)}
+    torch.save({f"{k}.{name}": v for k, m in parts.items() for name, v in m.state_dict().items()}, "ImageReward.pt")
+    pixels = torch.stack([sd.form(224, sd.MEAN, sd.STD)(image) for image in images])
+    c = words(texts, padding="max_length", max_length=35, return_tensors="pt")
+    h = read(c.input_ids, c.attention_mask, encoder_hidden_states=see.forward_features(pixels), is_decoder=False)[0][:, 0]
+    want = (nn.Sequential(*mlp)(h)[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    assert_close(sd.imagereward(None, CPU, "ImageReward.pt", "bert", "vit_tiny_patch16_224", **size)(images, texts), want)
+    one = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    net, words = T.CLIPModel(T.CLIPConfig(text_config=one, vision_config=one)), sd.random_pipeline(False).tokenizer
+    net.save_pretrained("pick"), T.CLIPProcessor(T.CLIPImageProcessor(), words).save_pretrained("form")
+    c = words(texts, padding=True, return_tensors="pt")
     f = net.visual_projection(net.vision_model(pixels).pooler_output)
     g = net.text_projection(net.text_model(c.input_ids, c.attention_mask).pooler_output)
-    got = sd.pickscore(None, cpu, tmp_path / "pick", tmp_path / "form")(images, texts)
-    assert_close(got, net.logit_scale.exp() * F.cosine_similarity(f, g), rtol=0, atol=0.02)  # its own resize
+    assert_close(sd.pickscore(None, CPU, "pick", "form")(images, texts), net.logit_scale.exp() * F.cosine_similarity(f, g))
+    rows = [dict(file=f"{'photo/' if i < 4 else ''}{i}.png", of=dict(prompt=f"{i}")) for i in range(20)]
     for run in ("a", "b"):
         (tmp_path / run / "images/photo").mkdir(parents=True)
-        rows = [dict(file=f"{'photo/' if i < 4 else ''}{i}.png", of=dict(prompt=f"{i}")) for i in range(20)]
         for row in rows: images[0].save(tmp_path / run / "images" / row["file"])
         (tmp_path / run / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    r = dict(a=torch.arange(20.0), b=torch.tensor([20.0] * 7 + [7, 8] + [0] * 11))  # 11 wins, 2 draws
-    order = iter([*r["a"].split(8), *r["b"].split(8)])
+    order = iter([*torch.arange(20.0).split(8), *torch.tensor([20.0] * 7 + [7, 8] + [0] * 11).split(8)])
     monkeypatch.setitem(sd.JUDGES, "hpsv2", lambda args, device: lambda images, prompts: next(order))
-    sd.main(sd.parse("score --samples a b --chunk 8".split()))
+    sd.main(sd.parse("score --samples a b --chunk 8".split()))  # 11 wins and 2 draws of 20
     one, two, wins = map(json.loads, capsys.readouterr().out.splitlines())
-    exact = binomtest(12, 20).proportion_ci(method="wilson")
+    exact = __import__("scipy.stats").stats.binomtest(12, 20).proportion_ci(method="wilson")
     assert (one["mean"], one["photo"], two["photo"], one["images"]) == (9.5, 1.5, 20, 20)
     assert_close([wins[k] for k in ("winning_rate", "low", "high")], [0.6, exact.low, exact.high], rtol=1e-4, atol=0)
     (tmp_path / "b/images/7.png").unlink()
@@ -1068,108 +933,62 @@ def test_held_out_judges_and_the_winning_rate(sd, tmp_path, capsys, monkeypatch)
 def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     """From a folder of diffusers to one: alone a LoRA, its average and 8-bit states; on two ranks whole sharded UNets."""
     import diffusers as D
-    pipe = sd.random_pipeline(False)
-    pipe.save_pretrained(tmp_path / "model")
+    (pipe := sd.random_pipeline(False)).save_pretrained("model")
     kind = "--lora-rank 4 --ema 0.5 --adam8bit --lr 1e-2" if ranks == 1 else "--lora-rank 0 --lr 1e-3"
     flags = f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 4 --fake-steps 1 {kind}"
     survive(tmp_path, "sdxl", flags, ranks)
-    assert len([*(tmp_path / "whole/checkpoints").glob("step_*")]) == 2
-    student, draw = tmp_path / "whole/student", dict(timesteps=[999, 749, 499, 249], guidance_scale=0.0, output_type="pt")
-    args = sd.parse(f"{flags} --out {tmp_path}/whole --resume --accum 1".split())
-    run, prompts = sd.prepare(args, torch.device("cpu")), ["a red fox", "a glass teapot"]
-    assert amd.load(tmp_path / "whole", **run.parts) == 4 and (run.ema and run.ema.swap(), True)[1]
-    if ranks == 1: pipe.load_lora_weights(student)
-    else: pipe.unet = D.UNet2DConditionModel.from_pretrained(student)
+    run, texts = sd.prepare(sd.parse(f"{flags} --out whole --accum 1".split()), CPU), ["a red fox", "a glass teapot"]
+    assert amd.load("whole", **run.parts) == 4 and (run.ema and run.ema.swap(), True)[1]
+    if ranks == 1: pipe.load_lora_weights("whole/student")
+    else: pipe.unet = D.UNet2DConditionModel.from_pretrained("whole/student")
     pipe.scheduler = D.LCMScheduler.from_config(pipe.scheduler.config)
-    images = pipe(prompts, generator=torch.Generator().manual_seed(5), **draw).images
+    images = pipe(texts, timesteps=[999, 749, 499, 249], guidance_scale=0, output_type="pt",
+                  generator=torch.Generator().manual_seed(5)).images
     torch.manual_seed(5)
-    with torch.no_grad(): x, _ = run.generate(run.encode(prompts, torch.arange(2)))
+    with torch.no_grad(): x, _ = run.generate(run.encode(texts, torch.arange(2)))
     assert_close(((run.pipe.vae.decode(x / 0.13025).sample + 1) / 2).clamp(0, 1), images, rtol=0, atol=1e-4)
-    moved = [(p - q).abs().max() for p, q in zip(run.nets["student"].parameters(), run.nets["fake"].parameters(), strict=True)]
-    assert max(moved) > 1e-4 and pipe.unet.config.sample_size == 8
+    assert pipe.unet.config.sample_size == 8 and images[0].std() > 0
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"a fox {i}", tag="t")) for i in range(3)))
-    sampled = lambda out, *more: sd.parse(["sample", *flags.split(), "--init", f"{tmp_path}/whole", "--prompts", "p.jsonl",
-                                           "--layout", "geneval", "--out", out, *more])
-    sd.main(sampled("one")), sd.main(sampled("all", "--chunk", "12"))
+    sampled = lambda *more: sd.main(sd.parse(["sample", *flags.split(), *"--prompts p.jsonl --layout geneval".split(),
+                                              "--init", f"{tmp_path}/whole", "--out", *more]))
+    sampled("one"), sampled("all", "--chunk", "12")  # each image has a seed, whatever the batch
     files = sorted((tmp_path / "one/images").rglob("*.*"))
     assert [str(p.relative_to(tmp_path / "one/images")) for p in files[:5]] == [
         "00000/metadata.jsonl", *(f"00000/samples/000{k}.png" for k in range(4))] and len(files) == 15
     assert json.loads(files[5].read_text()) == dict(prompt="a fox 1", tag="t")
-    there = lambda p: __import__("PIL.Image").Image.open(p).convert("L")
-    apart = [max(abs(a - b) for a, b in zip(there(p).getdata(), there(str(p).replace("/one/", "/all/")).getdata(), strict=True))
-             for p in files if p.suffix == ".png"]
-    assert max(apart) <= 1 and files[1].read_bytes() != files[2].read_bytes()  # a seed for each image, whatever the batch
+    raw = lambda p: torch.frombuffer(bytearray(picture(p).tobytes()), dtype=torch.uint8).int()
+    for p in files[1:5]: assert (raw(p) - raw(str(p).replace("/one/", "/all/"))).abs().max() <= 1
     before = files[3].read_bytes(), files[3].unlink(), files[4].write_bytes(b"kept")
-    sd.main(sampled("one", "--resume"))
-    assert files[3].read_bytes() == before[0] and files[4].read_bytes() == b"kept"
+    sampled("one", "--resume")
+    assert files[3].read_bytes() == before[0] != files[2].read_bytes() and files[4].read_bytes() == b"kept"
 @slow
-def test_sd15_trains_and_its_lora_does_not_fit_sdxl(sd, tmp_path, monkeypatch):
+def test_sd15_trains_on_a_full_disk_too_and_its_lora_does_not_fit_sdxl(sd, tmp_path):
     import diffusers as D
-    p = sd.random_pipeline(False)
-    config = dict(p.unet.config) | dict(addition_embed_type=None, cross_attention_dim=32, time_cond_proj_dim=None)
+    p, flags = sd.random_pipeline(False), "--dry-run tiny --model sd15 --steps 3 --lora-rank 2 --method magic --out run"
+    config = dict(p.unet.config) | dict(addition_embed_type=None, cross_attention_dim=32)
     pipe = D.StableDiffusionPipeline(p.vae, p.text_encoder, p.tokenizer, D.UNet2DConditionModel.from_config(config),
                                      p.scheduler, None, None, requires_safety_checker=False)
-    pipe.save_pretrained(tmp_path / "sd15"), p.save_pretrained(tmp_path / "sdxl")
-    flags = "--dry-run tiny --model sd15 --no-compile --steps 2 --lora-rank 2 --method magic --out run"
-    sd.main(sd.parse(flags.split()))
-    encode, null = sd.conditions(sd.parse(flags.split()), pipe, lambda texts: torch.zeros(len(texts), 1), torch.device("cpu"))
-    c, other = (encode(["a", "b", ""], torch.tensor(i)) for i in ([0, 1, 1], [2, 2, 2]))
-    assert_close(null(c)["text"], other["text"]), assert_close(c["text"][1], c["text"][2])
+    pipe.save_pretrained("sd15"), p.save_pretrained("sdxl"), (tmp_path / "one.txt").write_text("one prompt")
+    full = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    go = lambda: sd.main(sd.parse([*flags.split(), "--resume"]))
+    for size, what in ((20_000, "unfinished_2"), (-1, None), (5000, "student.unfinished")):  # checkpoint; then LoRA
+        full(size)
+        try: go(), go()
+        except OSError as error: assert re.search(f"{what}.*make room", str(error))
+        else: assert size == -1 and shutil.rmtree("run/student") is None
+        finally: full(-1)
+    go()
+    encode, null = sd.conditions(sd.parse(flags.split()), pipe, lambda texts: torch.zeros(len(texts), 1), CPU)
+    c, none = (encode(["a", "b", ""], torch.tensor(i)) for i in ([0, 1, 1], [2, 2, 2]))
+    assert_close(null(c)["text"], none["text"]), assert_close(c["text"][1], c["text"][2])
     assert "pooled" not in c and not c["text"][0].equal(c["text"][1])
-    with pytest.raises(ValueError, match="is no student of --model"):
-        sd.main(sd.parse("sample --dry-run tiny --model sdxl --init run --out x".split()))
-    sd.main(sd.parse("sample --dry-run tiny --model sd15 --init run --out x --prompts y.txt".split())) if (
-        (tmp_path / "y.txt").write_text("one prompt")) else None
+    sample = "sample --dry-run tiny --init run --out x --prompts one.txt --model".split()
+    with pytest.raises(ValueError, match="is no student of --model"): sd.main(sd.parse([*sample, "sdxl"]))
+    sd.main(sd.parse([*sample, "sd15"]))
     assert (tmp_path / "x/images/000000.png").exists()
-    __import__("shutil").rmtree(tmp_path / "run/student"), resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
-    try:
-        for more in ("", " --steps 3"):
-            with pytest.raises(OSError, match="make room"): sd.main(sd.parse(f"{flags} --resume".split()))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-    sd.main(sd.parse(f"{flags} --resume".split()))
-    assert (tmp_path / "run/student/pytorch_lora_weights.safetensors").exists()
-@slow
-@pytest.mark.parametrize("flags, message", [
-    ("--prompts empty.txt", "give 1 to 2,000"), ("--prompts latin.txt", "not UTF-8"), ("--prompts long.txt", "prompt 2"),
-    ("--prompts half.jsonl", "no .jsonl"), ("--prompts no.txt", "No such file"), ("--model torn", "has no unet"),
-    ("--method dmd2", "for dmd2, which needs it"), ("--real-data .", "for dmd2"),
-    ("--batch 12", "choose K"), ("--batch 8 --accum 3", "take a multiple"), ("--lr 0", "choose lr"), ("--ema 1", "--ema"),
-    ("--s 2", "choose s"), ("sample", "give --init"), ("sample --init x --layout hpdv2", "the folder of"),
-    ("score", "give --samples"), ("--dry-run tiny --method dmd2 --real-data real --image-size 96", "bottleneck is 6"),
-    ("--method dmd --lam 1", "no pairs")])
-def test_sdxl_bad_input(sd, tmp_path, flags, message):
-    (tmp_path / "empty.txt").write_text(" \n"), (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
-    (tmp_path / "long.txt").write_text("ok\n" + "x" * 10_000), (tmp_path / "half.jsonl").write_text('{"prompt": ')
-    if "torn" in flags or "whole" in flags:
-        sd.random_pipeline(False).save_pretrained(tmp_path / flags.split()[-1])
-        if "torn" in flags: __import__("shutil").rmtree(tmp_path / "torn/unet")
-    if "bottleneck" in message: pictures(tmp_path / "real")
-    with pytest.raises((ValueError, OSError), match=message): sd.main(sd.parse(flags.split()))
-    assert not (tmp_path / "runs").exists()
-def cost():
-    from torch.utils.benchmark import Timer
-    make = lambda: nn.Sequential(nn.Linear(64, 3000), nn.SiLU(), nn.Linear(3000, 3000), nn.SiLU(), nn.Linear(3000, 64))
-    (G, real, fake), x, c = (make(), make(), make()), torch.randn(256, 64), torch.zeros(256)
-    opts = [torch.optim.AdamW(net.parameters(), 1e-4, fused=True) for net in (G, fake)]
-    logs = amd.train(amd.method("amd"), lambda c, u: (G(torch.randn(256, 64)), 1.0), lambda x_t, t, c: real(x_t),
-                     lambda x_t, t, c: fake(x_t), lambda n, j: c, *opts, reward=lambda x, c: x[:, 0], K=8, fake_steps=2,
-                     null=lambda c: c, w=2.0)
-    def bare():  # one student and two fake updates: rollouts, teachers, backward passes, AdamW
-        loss = G(x).square().mean()
-        with torch.no_grad(): real(torch.cat([x, x])), fake(x)
-        loss.backward()
-        for i in range(2):
-            with torch.no_grad(): G(x) if i else None
-            fake(x).square().mean().backward()
-            for opt in opts[i:]:
-                torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 10.0), opt.step(), opt.zero_grad()
-    seconds = lambda run, n: Timer("run()", globals=dict(run=run), num_threads=2).timeit(n).mean
-    ratios = sorted(seconds(lambda: next(logs), 5) / seconds(bare, 5) for _ in range(11))  # in turn: machines drift
-    call = 1e3 * seconds(lambda: G(x), 10)
-    print(f"a call {call:.0f} ms; amd.train over bare calls: {ratios[5]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 for name, f in list(globals().items()):
     if name.startswith("test_") and not hasattr(f, "slow"): globals()[name] = pytest.mark.fast(f)
 if __name__ == "__main__":
-    dict(span=span, cost=cost)[sys.argv[1]](*sys.argv[2:])
+    span(sys.argv[1])
     sys.stdout.flush(), os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown
