@@ -1,6 +1,6 @@
 """AMD on Stable Diffusion XL (and 1.5), text to image in four steps: the paper's Tables 2, 3, 7, 8, 9 and Fig. 9.
     torchrun --nproc-per-node 8 sdxl.py                         # the whole UNet by FSDP2, in DMD2's setting (A.4)
-    python sdxl.py --lora-rank 64 --adam8bit                    # as a LoRA, on one GPU
+    python sdxl.py --lora-rank 64 --adam8bit --accum 32         # as a LoRA, on one GPU
     torchrun --nproc-per-node 8 sdxl.py sample --init runs/sdxl --layout hpdv2 --prompts benchmark --out runs/hpdv2
     python sdxl.py score --samples runs/hpdv2 runs/hpdv2_dmd2   # mean HPSv2; of two, how often the first one wins
     python sdxl.py --dry-run full                               # memory and speed on this GPU, with random weights
@@ -15,7 +15,6 @@ import sys
 import warnings
 from functools import partial
 from importlib import import_module as lib  # for what is slow to import, where it's first used
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from tqdm import tqdm
 import amd
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled"), torch.set_float32_matmul_precision("high")
-
 # ----------------------------------------------------------------------------------------------------------- arguments
 PRESETS = {"sdxl": dict(model="stabilityai/stable-diffusion-xl-base-1.0", batch=128, fake_steps=5, steps=3800, chunk=8,
                         lora_rank=0, log_every=10, sample_every=250, save_every=250)}  # DMD2: 19,000 of the fake
@@ -54,8 +52,8 @@ def parse(argv=None):
     add("--method", choices=amd.METHODS, default="amd"), count("--image-size", help="pixels, default the model's")
     number("--lam", help="weight of F_ext (dmd2 .005, dmdr .05)"), number("--w", default=8.0, help="CFG scale (DMD2's)")
     number("--s", default=0.5, help="of Eq. 13, 0 = off"), number("--tau", default=1.0, help="of W(a), inf = off")
-    count("--group", default=8, help="K"), count("--accum", help="micro-batches, default as many as make them 8")
-    count("--batch", help="samples of an update, all ranks (DMD2: 128)"), count("--student-steps", default=4)
+    count("--group", default=8, help="K (DMD2: 1)"), count("--accum", help="micro-batches (of 8 samples)")
+    count("--batch", help="samples of an update, all ranks (DMD2: 128)"), count("--student-steps", help="(4)")
     number("--lr", help="(DMD2: 5e-7, a LoRA 5e-5)"), number("--fake-lr", help="(--lr)"), count("--seed", default=0)
     count("--steps", help="student updates (DMD2: 3,800)"), count("--fake-steps", help="fake updates in each (DMD2: 5)")
     number("--ema", default=0.0, help="0 = off, as DMD2"), count("--lora-rank", help="(DMD2: 64), 0 = whole UNets")
@@ -63,18 +61,19 @@ def parse(argv=None):
     flag("--checkpointing", default=True, help="of activations"), flag("--compile", default=torch.cuda.is_available())
     add("--reward-vae", help="a smaller decoder, as madebyollin/taesdxl"), path("--hps", help="file of its v2.1")
     path("--out", help="folder, default runs/sdxl"), *map(count, ("--log-every", "--save-every", "--sample-every"))
-    add("--layout", choices=LAYOUTS, default="flat", help="of sample"), count("--chunk", help="images at a time")
-    path("--samples", nargs="+", help="score: one folder of sample, or two")
-    add("--judges", nargs="+", choices=JUDGES, default=["hpsv2"], help="score: by whom")
+    path("--samples", nargs="+", help="score: one folder of sample, or two"), count("--chunk", help="images at a time")
+    add("--layout", choices=LAYOUTS, default="flat"), add("--judges", nargs="+", choices=JUDGES, default=["hpsv2"])
     name = (args := parser.parse_args(argv)).dry_run or "sdxl"
-    given = dict(lam=LAM.get(args.method, 0.0), out=Path("runs", "samples" if args.task == "sample" else name))
+    own = config(args.init) if args.task == "sample" and args.init and (args.init / "student").exists() else {}
+    given = dict(lam=LAM.get(args.method, 0.0), out=Path("runs", "samples" if args.task == "sample" else name),
+                 student_steps=own.get("student_steps", 4), image_size=own.get("image_size"))
     given |= PRESETS[name] | {k: v for k, v in vars(args).items() if v is not None}
     lr, most = given.get("lr", 5e-5 if given["lora_rank"] else 5e-7), 8 * int(os.environ.get("WORLD_SIZE", 1))
     return argparse.Namespace(**vars(args) | dict(lr=lr, fake_lr=lr, accum=-(-given["batch"] // most)) | given)
 # ------------------------------------------------------------------------------------------------------------ backbone
 def random_pipeline(full):
     """SDXL's pipeline with random weights: the true architecture, or the same classes in two layers."""
-    D, T, bpe = lib("diffusers"), lib("transformers"), lib("open_clip").tokenizer.SimpleTokenizer()
+    D, T, bpe, end = lib("diffusers"), lib("transformers"), lib("open_clip").SimpleTokenizer(), "<end_of_text>"
     widths, depths, heads, dims, time, vae_widths, groups, layers, size = (
         ((320, 640, 1280), (1, 2, 10), (5, 10, 20), (768, 1280), 256, (128, 256, 512, 512), 32, 2, 128) if full else
         ((32, 64), (1, 2), (1, 2), (32, 32), 8, (8, 8, 8, 8), 2, 1, 8))
@@ -90,22 +89,21 @@ def random_pipeline(full):
     text = lambda kind, dim, depth, act: kind(T.CLIPTextConfig(
         hidden_size=dim, intermediate_size=4 * dim, num_attention_heads=max(2, dim // 64), hidden_act=act,
         num_hidden_layers=depth if full else 2, projection_dim=dim))
-    words = T.CLIPTokenizer(bpe.encoder, [*bpe.bpe_ranks], *[f"<{k}_of_text>" for k in ("end", "start", "end", "end")],
-                            model_max_length=77)
+    words = T.CLIPTokenizer(bpe.encoder, [*bpe.bpe_ranks], end, "<start_of_text>", end, end, model_max_length=77)
     return D.StableDiffusionXLPipeline(
         vae, text(T.CLIPTextModel, dims[0], 12, "quick_gelu"), text(T.CLIPTextModelWithProjection, dims[1], 32, "gelu"),
         words, words, unet, D.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
 def load_pipeline(args, device, **dtypes):
     """-> diffusers' pipeline of --model, frozen, parts in dtypes. ValueError: of another kind, or a part missing."""
     (diffusers := lib("diffusers")).logging.set_verbosity_error(), diffusers.logging.disable_progress_bar()
+    torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     if args.model:
         index, folder = diffusers.DiffusionPipeline.load_config(args.model), Path(args.model)
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            if part not in index or folder.is_dir() and not (folder / part).is_dir():
-                raise ValueError(f"{folder} has no {part}: give SDXL, Stable Diffusion 1.5 or a whole folder of one")
+        lost = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+                if part not in index or folder.is_dir() and not (folder / part).is_dir()]
+        if lost: raise ValueError(f"{folder} has no {lost[0]}: give SDXL, Stable Diffusion 1.5 or a whole folder")
         pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, dtype=dtypes, safety_checker=None)
     else:
-        torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
         with device: pipe = random_pipeline(args.dry_run == "full")
     if pipe.scheduler.config.prediction_type != "epsilon": raise ValueError(f"{args.model} predicts no noise: no SDXL")
     for name, net in pipe.components.items():
@@ -119,8 +117,7 @@ def added(c): return dict(text_embeds=c["pooled"], time_ids=c["ids"]) if "pooled
 def denoiser(unet, schedule):
     return amd.x0_from_eps(lambda x_t, t, c: bf16(x_t)(unet.__call__)(
         x_t, (1000 * t).round(), c["text"], added_cond_kwargs=added(c)).sample, schedule)
-def decoder(vae):  # latents (B, 4, h, w) -> images (B, 3, H, W) in [-1, 1] and a little beyond
-    return lambda x: bf16(x)(vae.decode)(x / vae.config.scaling_factor).sample.float()
+def decoder(vae): return lambda x: bf16(x)(vae.decode)(x / vae.config.scaling_factor).sample.float()  # to about [-1, 1]
 def conditions(args, pipe, read, device):
     """-> encode(prompts, index (B,)) to what the UNet and, by `read`, the reward ask for; null: the empty prompt."""
     nets = [net for name, net in pipe.components.items() if name.startswith("text_encoder")]
@@ -140,14 +137,13 @@ def conditions(args, pipe, read, device):
     def null(c): return c | {k: empty[k].expand_as(c[k]) if empty else 0 * c[k] for k in ("text", "pooled") if k in c}
     return encode, null
 def adopt(pipe, path):
-    """pipe with the student in path for its UNet -> pipe. ValueError: that is none, or of another model."""
+    """Give pipe the student in path for its UNet. ValueError: that is none, or of another model."""
     path, own = path / "student" if (path / "student").exists() else path, pipe.unet.config.cross_attention_dim
     try:
-        if not (path / "config.json").exists(): pipe.load_lora_weights(path)
+        if not (path / "config.json").exists(): pipe.load_lora_weights(str(path))
         else: pipe.unet = type(pipe.unet).from_pretrained(path, dtype=pipe.dtype).to(pipe.device)
         if pipe.unet.config.cross_attention_dim != own: raise ValueError("its texts are of another width")
-    except Exception as error: raise ValueError(f"{path} is no student of --model ({error!s:.99}): choose it") from None
-    return pipe
+    except Exception as error: raise ValueError(f"{path} is no student of --model: take one ({error!s:.80})") from None
 def gan_head(width, side):
     """DMD2's: a bottleneck (B, width, side, side) halved down to 4, then taken whole -> (B, 1, 1, 1)."""
     if side < 4 or side & (side - 1): raise ValueError(f"dmd2's bottleneck is {side} wide: choose --image-size 2 ** n")
@@ -172,15 +168,14 @@ def square(image, size=224):
     """HPSv2's preprocessing of (B, 3, H, W) in [0, 1]: longest side to 224, black around, CLIP's mean and std."""
     h, w = (round(side * size / max(image.shape[2:])) for side in image.shape[2:])
     if max(image.shape[2:]) != size: image = v2.functional.resize(image, [h, w], v2.InterpolationMode.BICUBIC)
-    left, top = (size - w) // 2, (size - h) // 2
-    return v2.functional.normalize(F.pad(image, (left, size - w - left, top, size - h - top)), MEAN, STD)
+    image = F.pad(image, ((size - w) // 2, (size - w + 1) // 2, (size - h) // 2, (size - h + 1) // 2))
+    return v2.functional.normalize(image, MEAN, STD)
 def load_hps(args, device):
     """HPSv2.1 -> read(prompts), features (B, D), and rate(images as of `square`, those features), 100 cos (B,)."""
     C, gpu, tokenize = lib("open_clip"), device.type == "cuda", lib("open_clip").get_tokenizer("ViT-H-14")
     file = args.hps or (None if args.dry_run else hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt"))
-    tiny = C.CLIPVisionCfg(2, 32, 16, patch_size=56), C.CLIPTextCfg(width=32, heads=2, layers=2)
-    try: net = C.CLIP(32, *tiny) if args.dry_run == "tiny" else C.create_model(
-        "ViT-H-14", file and str(file), precision="fp16" if gpu else "fp32")
+    try: net = C.CLIP(32, C.CLIPVisionCfg(2, 32, 16, patch_size=56), C.CLIPTextCfg(width=32, heads=2, layers=2)) if (
+        args.dry_run == "tiny") else C.create_model("ViT-H-14", file and str(file), precision="fp16" if gpu else "fp32")
     except Exception as error: raise ValueError(f"{file} is no HPS_v2.1_compressed.pt ({error!s:.99})") from None
     net.to(device).eval().requires_grad_(False)
     def unit(f, v, graph=False):  # in fp16 as its authors do, but a gradient needs the range of bf16
@@ -206,20 +201,19 @@ def pickscore(args, device, name="yuvalkirstain/PickScore_v1", processor="laion/
     T = lib("transformers")
     net, read = T.AutoModel.from_pretrained(name).to(device).eval(), T.AutoProcessor.from_pretrained(processor)
     def judge(images, prompts):
-        words = dict(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        out = net(**read(images=images, **words).to(device))
+        out = net(**read(images=images, text=prompts, padding=True, truncation=True, return_tensors="pt").to(device))
         return net.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(1)
     return judge
 def imagereward(args, device, file=None, tokenizer="bert-base-uncased", vit="vit_large_patch16_224", **bert):
     """ImageReward-v1.0 (arXiv 2304.05977): BLIP, whose text reads the image, and five linear layers."""
-    T, see, view = lib("transformers"), lib("timm").create_model(vit, num_classes=0), form(224, MEAN, STD)
-    words = T.AutoTokenizer.from_pretrained(tokenizer)
+    T, see, drop = lib("transformers"), lib("timm").create_model(vit, num_classes=0), nn.Identity()
+    words, view = T.AutoTokenizer.from_pretrained(tokenizer), form(224, MEAN, STD)
     config = T.BlipTextConfig(num_attention_heads=12, encoder_hidden_size=see.embed_dim, **bert)
-    text, drop = T.models.blip.modeling_blip_text.BlipTextModel(config, add_pooling_layer=False), nn.Identity()
+    text = T.models.blip.modeling_blip_text.BlipTextModel(config, add_pooling_layer=False)
     mlp = nn.Sequential(nn.Linear(config.hidden_size, 1024), drop, nn.Linear(1024, 128), drop, nn.Linear(128, 64), drop,
                         nn.Linear(64, 16), nn.Linear(16, 1))
-    net = nn.ModuleDict({"blip": nn.ModuleDict(dict(visual_encoder=see, text_encoder=text)), "mlp": nn.ModuleDict(dict(
-        layers=mlp))})
+    blip = nn.ModuleDict(dict(visual_encoder=see, text_encoder=text))
+    net = nn.ModuleDict(dict(blip=blip, mlp=nn.ModuleDict(dict(layers=mlp))))
     state = torch.load(file or hf_hub_download("THUDM/ImageReward", "ImageReward.pt"), "cpu", weights_only=True)
     net.load_state_dict({k: state[k] for k in net.state_dict()}), net.to(device).eval()
     def judge(images, prompts):
@@ -239,11 +233,12 @@ def read_prompts(path):
     try:
         rows = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
         rows = json.loads("".join(rows)) if path.suffix == ".json" else rows
-        rows = [json.loads(row) if path.suffix == ".jsonl" else dict(prompt=row) for row in rows]
+        rows = [json.loads(row) if path.suffix == ".jsonl" else row for row in rows]
     except ValueError as error: raise ValueError(f"{path} is not UTF-8 or no {path.suffix} ({error}): mend") from None
-    for row in rows: row.setdefault("prompt", row.get("text", row.get("caption")))
-    for i, row in enumerate(rows or [dict(prompt="")]):
-        if not isinstance(row["prompt"], str) or not 0 < len(row["prompt"]) <= 2000:
+    rows = [row if isinstance(row, dict) else dict(prompt=row) for row in rows or [""]]
+    for i, row in enumerate(rows):
+        prompt = row.setdefault("prompt", row.get("text", row.get("caption")))
+        if not isinstance(prompt, str) or not 0 < len(prompt) <= 2000:
             raise ValueError(f"{path}, prompt {i + 1}: give 1 to 2,000 characters (CLIP reads 77 tokens)")
     return rows
 def real_images(args, rows, pipe, device):
@@ -315,15 +310,19 @@ def prepare(args, device):
     return argparse.Namespace(**locals())
 # ------------------------------------------------------------------------------------------------------------- training
 def config(run): return json.loads((run / "config.json").read_text())["config"]
-def begin(args): return amd.open_run(args.out, dict(vars(args), resume=None), args.resume)
+def begin(args):
+    """OUT with its config.json. A run may go on with other --steps, on other ranks, in other chunks."""
+    own = vars(args) | dict(resume=None)
+    old = config(args.out) if (args.out / "config.json").exists() else own
+    return amd.open_run(args.out, own | {k: old[k] for k in ("steps", "accum", "chunk")}, args.resume)
 def train(args, device):
     """--steps student updates; then OUT/student: a UNet's folder, or pytorch_lora_weights.safetensors."""
     if (args.out / "student").exists(): return begin(args)  # done; or of another run, and it says so
-    run, out, steps = prepare(args, device), begin(args), args.steps
-    if not (start := amd.load(out, **run.parts)) and args.init and not amd.load(args.init, **run.parts):
-        raise ValueError(f"{args.init} has no checkpoints: choose the folder of a run")
+    run, steps = prepare(args, device), args.steps
+    if args.init and not amd.load(args.init, **run.parts): raise ValueError(f"{args.init} holds no checkpoint: no run")
+    start = amd.load(out := begin(args), **run.parts)
     log, bar = amd.Log(out, args.batch, start), progress(total=steps, initial=start, desc=out.name)
-    for row in islice(run.train(start=start), steps - start):
+    for _, row in zip(range(start, steps), run.train(start=start), strict=False):
         run.ema and run.ema.update(), bar.update()
         due = lambda every, step=row["step"]: step % every == 0 or step == steps
         if due(args.log_every): bar.set_postfix(reward=(row := log(row | run.seen))["reward"], variety=row["variety"])
@@ -335,8 +334,7 @@ def train(args, device):
     export(args, run)
 def export(args, run):
     """OUT/student, of the average if there is one, whole or not at all. OSError: no room."""
-    net, new = run.nets["student"], args.out / "student.unfinished"
-    run.ema and run.ema.swap()
+    net, new, _ = run.nets["student"], args.out / "student.unfinished", run.ema and run.ema.swap()
     state = lib("peft").get_peft_model_state_dict(net) if args.lora_rank else get_model_state_dict(
         net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for name, m in adapters(net).items():  # readers who are told no alpha take the rank for it
@@ -358,20 +356,17 @@ def show(args, run, path):
     if amd.ranks()[0] == 0: path.parent.mkdir(exist_ok=True), save_image((torch.cat(images) + 1) / 2, path, nrow=4)
 # ----------------------------------------------------------------------------------------------------- sample and score
 def listing(args):
-    """-> rows {file, of: the prompt's row} of what --layout wants, in order. ValueError: hpdv2 without its folder."""
-    files, n = [args.prompts], 4 if args.layout == "geneval" else 1
-    if args.layout == "hpdv2" and not (files := sorted(args.prompts.glob("*.json")) if args.prompts else []):
-        raise ValueError("hpdv2: --prompts is the folder of anime.json, concept-art.json, paintings.json, photo.json")
+    """-> rows {file, of: the prompt's row} of what --layout wants, in order."""
+    files, n, styles = [args.prompts], 1 + 3 * (args.layout == "geneval"), "anime concept-art paintings photo".split()
+    if args.layout == "hpdv2": files = [(args.prompts or Path("benchmark")) / f"{style}.json" for style in styles]
     return [dict(file=LAYOUTS[args.layout].format(style=file and file.stem, row=i // n, k=i % n, i=i), of=row)
             for file in files for i, row in enumerate(row for row in read_prompts(file) for _ in range(n))]
 @torch.no_grad()
 def sample(args, device):
     """Images by diffusers' own pipeline to OUT/images; any number of processes share them, each image has its seed."""
-    if (args.init / "student").exists():
-        args.student_steps, args.image_size = (config(args.init)[k] for k in ("student_steps", "image_size"))
     rows, (rank, world) = listing(args), amd.ranks()
     pipe = load_pipeline(args, device, default=torch.float16 if device.type == "cuda" else torch.float32)
-    pipe, out = adopt(pipe, args.init), begin(args)
+    _, out, _ = adopt(pipe, args.init), begin(args), pipe.vae.enable_slicing()
     pipe.scheduler = lib("diffusers").LCMScheduler.from_config(pipe.scheduler.config)
     if rank == 0: amd.write(out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for row in rows[rank::world] if not (out / "images" / row["file"]).exists()]
@@ -388,8 +383,6 @@ def score(args, device):
     """Print the judges' mean of folders that `sample` wrote, by style if there are some; of two, the winning rate."""
     rows, *others = [[json.loads(line) for line in (run / "prompts.jsonl").open()] for run in args.samples]
     if others not in ([], [rows]): raise ValueError("--samples are of other prompts or layouts: compare like with like")
-    if lost := [p for run in args.samples for row in rows if not (p := run / "images" / row["file"]).exists()]:
-        raise ValueError(f"{len(lost)} images are missing, as {lost[0]}: sample --resume")
     styles = [row["file"].split("/")[0] if row["file"].count("/") == 1 else "" for row in rows]  # of hpdv2
     for name in args.judges:
         judge, scores = JUDGES[name](args, device), []
@@ -425,28 +418,33 @@ def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum group fake_steps student_steps steps chunk log_every save_every sample_every lr fake_lr w"
     bad, world = [k for k in counts.split() if not vars(args)[k] > 0], int(os.environ.get("WORLD_SIZE", 1))
-    trains, split, n = args.task == "train", world * args.accum, len(args.samples or ())
+    trains, split, real = args.task == "train", world * args.accum, args.real_data if args.task == "train" else None
+    rows = () if args.task == "score" else read_prompts(real / "metadata.jsonl") if real else listing(args)
+    files = [args.init, args.hps] + [real / row.get("file_name", "no file_name") for row in rows if real]
+    lost = [str(path) for path in files if path and not path.exists()]
     for wrong, fix in (
-            (bad, f"choose {', '.join(bad)} above 0"),
+            (bad, f"choose {', '.join(bad)} above 0"), (lost, f"no such file or folder: {', '.join(lost[:3])}"),
             (not 0 <= args.ema < 1 or args.lora_rank < 0, "choose --ema in [0, 1), --lora-rank at least 0"),
-            (trains and (args.method == "dmd2") == (not args.real_data), "--real-data is for dmd2, which needs it"),
-            (args.method == "dmd" and args.lam, "--lam: there are no pairs for dmd to regress to here"),
+            ((args.image_size or 64) % 64, "choose --image-size as a multiple of 64"),
+            (trains and (args.method == "dmd2") == (not real), "--real-data is for dmd2, which needs it"),
+            (trains and args.lam and args.method not in LAM, "--lam is for dmd2 and dmdr"),
             (trains and args.adam8bit and world > 1 and not args.lora_rank, "--adam8bit: give --lora-rank, or one GPU"),
             (trains and args.batch % (split or 1), f"--batch {args.batch} of {split} ranks x --accum: take a multiple"),
             (args.task == "sample" and not args.init, "give --init: a run, a UNet's folder or a LoRA"),
-            (args.task == "score" and n not in (1, 2), "give --samples, a folder or two")):
+            (args.task == "score" and len(args.samples or ()) not in (1, 2), "give --samples, a folder or two")):
         if wrong: raise ValueError(fix)
-    amd.method(args.method, args.s, args.tau, args.lam)
-    if trains and args.group > 1: amd.group_advantage(torch.zeros(args.batch), args.group)
-    if args.task != "score": read_prompts(args.real_data / "metadata.jsonl") if args.real_data else listing(args)
-    if args.task != "score" and not args.resume and (args.out / "config.json").exists(): begin(args)  # raises
+    method = amd.method(args.method, args.s, args.tau, args.lam)
+    if trains and (args.group > 1 or method.senses): amd.group_advantage(torch.zeros(args.batch), args.group)
+    if args.task != "score" and not args.resume and (args.out / "config.json").exists():
+        if [*args.out.glob("*/*")]: begin(args)  # raises
+        (args.out / "config.json").unlink(missing_ok=True)  # of a run that came to nothing
     job = speed if args.dry_run == "full" and trains else dict(train=train, sample=sample, score=score)[args.task]
     job(args, amd.launch())
     if job in (train, sample) and amd.ranks()[0] == 0: print(f"see {args.out}")
 if __name__ == "__main__":
     try: main(parse())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        fix = "; raise --accum, or --lora-rank 64 --adam8bit --offload-text" * isinstance(error, RuntimeError)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        fix = "; raise --accum, take --lora-rank 64 --adam8bit, lower --chunk" * isinstance(error, RuntimeError)
         print(f"sdxl.py: {' '.join(str(error).split()):.500}{fix}", file=sys.stderr)
         sys.exit(2)
     if amd.ranks()[1] > 1: sys.stdout.flush(), os._exit(0)  # gloo now and then aborts the interpreter's teardown
