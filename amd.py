@@ -450,7 +450,7 @@ def tensors(parts):
     return flat
 
 def save(out, step, **parts):
-    """Write out/checkpoints/step_N of parts (see `tensors`), beside it, then renamed: whole or not there, then OSError."""
+    """Write out/checkpoints/step_N of parts (see `tensors`), beside it, then renamed: whole, or not at all: OSError."""
     path, new = (Path(out) / f"checkpoints/{name}_{step}" for name in ("step", "unfinished"))
     try: dcp.save(tensors(parts), checkpoint_id=new)
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception

@@ -720,8 +720,9 @@ def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
     pictures(tmp_path / "real")
     run = sd.run("--method dmd2 --real-data real --lora-rank 0 --group 4")
     grid, nets = DDPMScheduler.from_config(run.pipe.scheduler.config), (run.nets["student"], run.nets["fake"])
-    with torch.no_grad(): [p.normal_(0, 0.1) for p in nets[1].head.parameters()]
+    for p in nets[1].head.parameters(): p.data.normal_(0, 0.1)
     (G, psi), c, bottleneck = map(copy.deepcopy, nets), run.batch(0, 0), []
+    assert c["index"].view(2, 4).unique(dim=1).shape == (2, 1) and c["index"][0] != c["index"][4]  # groups of four
     psi.mid_block.register_forward_hook(lambda m, i, out: bottleneck.append(out))
     def eps_of(net, x_t, i, mute=1):
         kw = dict(text_embeds=mute * c["pooled"], time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]] * 8))
@@ -730,8 +731,7 @@ def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
         abar = grid.alphas_cumprod[i][:, None, None, None]
         return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
     def D(x): return (eps_of(psi, grid.add_noise(x, eps, i), i), psi.head(bottleneck.pop()).flatten())[1]
-    shared = torch.Generator().manual_seed(amd.key(0, 0))
-    k = int(4 * torch.rand((), generator=shared).item())  # the exit
+    k = int(4 * torch.rand((), generator=(shared := torch.Generator().manual_seed(amd.key(0, 0)))).item())  # the exit
     t = torch.rand(2, 2, generator=shared, dtype=torch.float64)[0].repeat_interleave(4)  # one for each group, Alg. 1
     i, steps = (20 + 960 * t).round().long(), [torch.full((8,), step) for step in (999, 749, 499, 249)]
     x_t = torch.manual_seed(amd.key(0, 0, 0, 0)) and torch.randn(8, 4, 8, 8)
@@ -754,7 +754,7 @@ def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
     before = [[p.detach().clone() for p in net.parameters()] for net in nets]
     opts = {f"opt_{k}": torch.optim.SGD(run.nets[k].parameters(), 1.0) for k in ("student", "fake")}
     log = next(run.train(**opts, fake_steps=1, update=partial(amd.update, clip=1e9)))
-    assert log["skipped"] == 0 and k > 0 and pixels[0].shape == (1, 3, 64, 64) and -1 <= pixels[0].min() < -0.9
+    assert k > 0 == log["skipped"] and pixels[0].shape == (1, 3, 64, 64) and -1 <= pixels[0].min() < -0.9
     for net, old, grads in zip(nets, before, want, strict=True):
         for p, q, g in zip(net.parameters(), old, grads, strict=True): assert_close(q - p, g, rtol=1e-3, atol=1e-5)
 @slow
@@ -767,7 +767,7 @@ def test_sdxl_adapters_leave_the_teacher_alone(sd):
     logs = run.train()
     assert next(logs)["skipped"] == next(logs)["skipped"] == 0 and look("real").equal(base)
     assert min((look("student") - base).abs().max(), (look("fake") - look("student")).abs().max()) > 1e-4
-    assert run.adapt(1.0) and look("blended").equal(fake := look("fake")) and run.adapt(0.0) and look("blended").equal(base)
+    assert run.adapt(1) and look("blended").equal(fake := look("fake")) and run.adapt(0) and look("blended").equal(base)
     with torch.no_grad(): [p.zero_() for k, p in run.nets["student"].named_parameters() if "lora_B" in k]
     assert_close(look("student"), base, rtol=0, atol=1e-6), assert_close(look("fake"), fake, rtol=0, atol=0)
     assert {m.scaling["default"] for m in sd.adapters(run.nets["fake"]).values()} == {8 / 4}  # DMD2's alpha
@@ -847,9 +847,10 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     sd.random_pipeline(False).save_pretrained("model")
     kind = "--lora-rank 4 --ema 0.5 --adam8bit --lr 1e-2" if ranks == 1 else "--lora-rank 0 --lr 1e-3"
     survive(tmp_path, "sdxl", flags := f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 4 "
-            f"--fake-steps 1 {kind}", ranks)
+            f"--save-every 1 --fake-steps 1 {kind}", ranks)
     run, texts = sd.prepare(sd.parse(f"{flags} --out whole --accum 1".split()), CPU), ["a red fox in deep snow"]
-    assert amd.load("whole", **run.parts) == 4 and (run.ema and run.ema.swap(), True)[1]
+    assert amd.load("whole", **run.parts) == 4 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
+    assert bool(run.ema) == (ranks == 1) and not (run.ema and run.ema.swap())
     lines, = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)  # of which one loads a LoRA
     if ranks > 1: lines = re.sub(r"pipe.load.*: (.*)\(\.\.\.\)", r'\1("runs/sdxl/student")', lines)
     for old, new in dict(zip("stabilityai/stable-diffusion-xl-base-1.0 float16 cuda runs/sdxl =0)".split(), (
@@ -859,7 +860,6 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     with torch.no_grad(): x, _ = torch.manual_seed(5) and run.generate(run.encode(texts, torch.tensor([0])))
     image = ((run.pipe.vae.decode(x / 0.13025).sample[0] + 1) / 2).clamp(0, 1)
     assert_close(scope["image"], image, rtol=0, atol=1e-4)
-    assert scope["pipe"].unet.config.sample_size == 8 and image.std() > 0
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"a fox {i}", tag="t")) for i in range(3)))
     sampled = lambda *more: sd.main(sd.parse(["sample", *flags.split(), *"--prompts p.jsonl --layout geneval".split(),
                                               "--init", f"{tmp_path}/whole", "--out", *more]))
