@@ -627,7 +627,7 @@ def test_evaluate_reads_npz_and_folders_and_adms_statistics(tmp_path, monkeypatc
     (tmp_path / "torn.npz").write_bytes(b"PK")
     for a in ("empty", "folder/0.png", "half.npz", "torn.npz", "none.npz"):
         with pytest.raises(ValueError, match="arr_0" if a == "none.npz" else "one size"): run(a, "bare.npz")
-def survive(tmp_path, script, flags, ranks, beside=lambda: None):
+def survive(tmp_path, script, flags, ranks):
     """A dry run killed after a checkpoint, then resumed: the student and the log of a run left alone, bit for bit."""
     def run(out, *more, wait=True):  # on one rank here, if we wait: most of a process's time is imports
         command = [*flags.split(), "--out", f"{tmp_path}/{out}", *more]
@@ -641,9 +641,7 @@ def survive(tmp_path, script, flags, ranks, beside=lambda: None):
     assert process.communicate() and not list(killed.glob("student/*"))
     finish(other) if other else run("whole")
     with (killed / "log.jsonl").open("a") as file: file.write('{"step": 1')  # this and a folder a kill may leave
-    (killed / "checkpoints/unfinished_99").mkdir()
-    other = beside(), run("killed", "--resume")
-    if other[0]: finish(other[0])
+    (killed / "checkpoints/unfinished_99").mkdir(), run("killed", "--resume")
     for path in (tmp_path / "whole/student").iterdir():
         assert path.read_bytes() == (killed / "student" / path.name).read_bytes()
     whole, rows = ([*map(json.loads, (tmp_path / f"{k}/log.jsonl").open())] for k in ("whole", "killed"))
@@ -656,9 +654,9 @@ def test_sit_survives_kill_9_and_any_ranks_sample(tmp_path, ranks):
     """Killed in its second stage; then its npz, alike from one process and two."""
     sit, load = __import__("sit_imagenet"), __import__("numpy").load
     flags = "--dry-run tiny --save-every 2 --steps 6 --log-every 1 --chunk 4"
-    dmdr = "--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out".split()
-    survive(tmp_path, "sit_imagenet", flags, ranks, lambda: launch(
-        *dmdr, tmp_path / "dmdr", ranks=ranks, script="sit_imagenet.py"))
+    survive(tmp_path, "sit_imagenet", flags, ranks)
+    dmdr = f"--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out {tmp_path}/dmdr"
+    sit.main(sit.parse(dmdr.split())) if ranks == 1 else None
     a = torch.load(tmp_path / "whole/student/sit.pt")["ema"]
     alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), CPU)  # reads what two ranks wrote
     assert amd.load(tmp_path / "whole", **alone.parts) == 6 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
@@ -846,10 +844,10 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     """From diffusers to diffusers: alone a LoRA, its average, 8-bit states; on two ranks whole sharded UNets."""
     sd.random_pipeline(False).save_pretrained("model")
     kind = "--lora-rank 4 --ema 0.5 --adam8bit --lr 1e-2" if ranks == 1 else "--lora-rank 0 --lr 1e-3"
-    survive(tmp_path, "sdxl", flags := f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 4 "
+    survive(tmp_path, "sdxl", flags := f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 3 "
             f"--save-every 1 --fake-steps 1 {kind}", ranks)
     run, texts = sd.prepare(sd.parse(f"{flags} --out whole --accum 1".split()), CPU), ["a red fox in deep snow"]
-    assert amd.load("whole", **run.parts) == 4 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
+    assert amd.load("whole", **run.parts) == 3 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
     assert bool(run.ema) == (ranks == 1) and not (run.ema and run.ema.swap())
     lines, = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)  # of which one loads a LoRA
     if ranks > 1: lines = re.sub(r"pipe.load.*: (.*)\(\.\.\.\)", r'\1("runs/sdxl/student")', lines)
@@ -869,8 +867,9 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     assert json.loads((tmp_path / "one/images/00001/metadata.jsonl").read_text()) == dict(prompt="a fox 1", tag="t")
     raw = lambda p: torch.frombuffer(bytearray(picture(p).tobytes()), dtype=torch.uint8).int()
     for p in files[1:5]: assert (raw(p) - raw(str(p).replace("/one/", "/all/"))).abs().max() <= 1
-    lost = files[3].read_bytes(), files[3].unlink(), files[4].write_bytes(b"kept"), sampled("one", "--resume")
-    assert files[3].read_bytes() == lost[0] != files[2].read_bytes() and files[4].read_bytes() == b"kept"
+    lost = raw(files[3]), files[3].unlink(), files[4].write_bytes(b"kept"), sampled("one", "--resume")
+    assert (raw(files[3]) - lost[0]).abs().max() <= 1 and files[4].read_bytes() == b"kept"
+    assert (raw(files[3]) - raw(files[2])).abs().max() > 9
 @slow
 def test_sd15_trains_on_a_full_disk_too_and_its_lora_does_not_fit_sdxl(sd, tmp_path):
     import diffusers as D
