@@ -56,7 +56,7 @@ def parse(argv=None):
     count("--batch", help="samples of an update, all ranks (DMD2: 128)"), count("--student-steps", help="(4)")
     number("--lr", help="(DMD2: 5e-7, a LoRA 5e-5)"), number("--fake-lr", help="(--lr)"), count("--seed", default=0)
     count("--steps", help="student updates (DMD2: 3,800)"), count("--fake-steps", help="fake updates in each (DMD2: 5)")
-    number("--ema", default=0.0, help="0 = off, as DMD2"), count("--lora-rank", help="(DMD2: 64), 0 = whole UNets")
+    number("--ema", default=0.0, help="0 = off, as DMD2"), count("--lora-rank", help="0 = whole UNets (DMD2: 64)")
     on("--adam8bit", help="for LoRAs, or on one process"), on("--offload-text", help="from the GPU between batches")
     flag("--checkpointing", default=True, help="of activations"), flag("--compile", default=torch.cuda.is_available())
     add("--reward-vae", help="a smaller decoder, as madebyollin/taesdxl"), path("--hps", help="file of its v2.1")
@@ -159,7 +159,7 @@ def logits(unet, x_t, t, c):
             h = block(h, temb=emb if aug is None else emb + aug, **attends)
             h = h[0] if isinstance(h, tuple) else h
         return unet.head(h).float().sum((1, 2, 3))
-# ------------------------------------------------------------------------------------------------------ reward, judges
+# ---------------------------------------------------------------------------------------------- reward, judges and data
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 def form(size, mean, std):  # PIL's images to (3, size, size)
     return v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor(),
@@ -184,14 +184,14 @@ def load_hps(args, device):
     return (lambda prompts: unit(net.encode_text, tokenize(prompts).to(device)),
             lambda image, text: 100 * (unit(net.encode_image, image, image.requires_grad) * text).sum(1))
 def load_reward(args, pipe, device):
-    """-> reward(x, c), HPSv2 of latents (B,), with a gradient if x has one; its `read`; `variety` of what it saw."""
-    (read, rate), seen, vae = load_hps(args, device), {}, pipe.vae
+    """-> reward(x, c), HPSv2 of latents (B,), with a gradient if x has one; its `read`; distances that it saw."""
+    (read, rate), seen, vae = load_hps(args, device), [], pipe.vae
     if args.reward_vae: vae = lib("diffusers").AutoencoderTiny.from_pretrained(args.reward_vae).to(device)
     view = lambda x, decode=decoder(vae): square(((decode(x) + 1) / 2).clamp(0, 1))
     def reward(x, c):  # one at a time, and again for a gradient: nothing is as large as the decoder's activations
         images = torch.cat([torch.utils.checkpoint.checkpoint(view, part, use_reentrant=False) for part in x.split(1)])
         apart = (images[1:] - images[:-1]).detach().abs().mean((1, 2, 3))[c["index"][1:] == c["index"][:-1]]
-        seen["variety"] = apart.mean()  # how unlike the samples of one prompt are: the reward does not see it
+        seen[:] = [*seen, apart][-args.accum * args.fake_steps :]  # of an update: how unlike samples of a prompt are
         return rate(images, c["wish"])
     return reward, read, seen
 def hpsv2(args, device):  # a judge: images of PIL, prompts -> (B,)
@@ -223,10 +223,8 @@ def imagereward(args, device, file=None, tokenizer="bert-base-uncased", vit="vit
         return (mlp(h[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     return judge
 JUDGES = dict(hpsv2=hpsv2, pickscore=pickscore, imagereward=imagereward)
-# ---------------------------------------------------------------------------------------------------------------- data
-OURS = [f"{style} of {subject} {place}" for style in ("a photograph", "an oil painting", "concept art", "a sketch")
-        for subject in ("a red fox", "an old sailor", "a glass teapot", "a steam train", "two children", "a lighthouse")
-        for place in ("in deep snow", "at a crowded market", "at dawn by the sea", "among tall ferns", "in the rain")]
+OURS = [f"{style} of {subject} {place}" for style in ("a photograph", "an oil painting", "a sketch") for subject in (
+    "a red fox", "an old sailor", "a glass teapot", "a lighthouse") for place in ("in snow", "at dawn", "in the rain")]
 def read_prompts(path):
     """Rows {prompt, ..} of text, jsonl or json; ours if path is None. ValueError: none, not UTF-8, one too long."""
     if not path: return [dict(prompt=prompt) for prompt in OURS]
@@ -311,10 +309,10 @@ def prepare(args, device):
 # ------------------------------------------------------------------------------------------------------------- training
 def config(run): return json.loads((run / "config.json").read_text())["config"]
 def begin(args):
-    """OUT with its config.json. A run may go on with other --steps, on other ranks, in other chunks."""
-    own = vars(args) | dict(resume=None)
-    old = config(args.out) if (args.out / "config.json").exists() else own
-    return amd.open_run(args.out, own | {k: old[k] for k in ("steps", "accum", "chunk")}, args.resume)
+    """OUT with its config.json. A run may go on to other --steps, on other ranks, in other chunks."""
+    old = config(args.out) if (args.out / "config.json").exists() else vars(args)
+    free = ["accum", "chunk"] + ["steps"] * (not (args.out / "student").exists())
+    return amd.open_run(args.out, vars(args) | dict(resume=None) | {k: old[k] for k in free}, args.resume)
 def train(args, device):
     """--steps student updates; then OUT/student: a UNet's folder, or pytorch_lora_weights.safetensors."""
     if (args.out / "student").exists(): return begin(args)  # done; or of another run, and it says so
@@ -325,7 +323,7 @@ def train(args, device):
     for _, row in zip(range(start, steps), run.train(start=start), strict=False):
         run.ema and run.ema.update(), bar.update()
         due = lambda every, step=row["step"]: step % every == 0 or step == steps
-        if due(args.log_every): bar.set_postfix(reward=(row := log(row | run.seen))["reward"], variety=row["variety"])
+        if due(args.log_every): bar.set_postfix(reward=log(row | dict(variety=torch.cat(run.seen).mean()))["reward"])
         if due(args.sample_every): show(args, run, out / f"samples/step_{row['step']}.png")
         if due(args.save_every):
             amd.save(out, row["step"], **run.parts)
@@ -402,7 +400,7 @@ def speed(args, device):
     run, k, n, off = prepare(args, device), args.accum, args.student_steps, torch.no_grad()
     clock = lambda call: lib("torch.utils.benchmark").Timer("call()", globals=dict(call=call)).timeit(3).mean
     c, (student, real, fake) = run.batch(0, 0), map(run.call.get, ("student", "real", "fake"))
-    x, t, c_two = off(run.generate)(c)[0], torch.full((args.batch // k,), 0.5, device=device), amd.pair(c, run.null(c))
+    x, t, c_two = off(run.generate)(c)[0], 0 * c["wish"][:, 0] + 0.5, amd.pair(c, run.null(c))
     sec = {name: clock(call) for name, call in dict(
         forward=off(lambda: student(x, t, c)), backward=lambda: fake(x, t, c).square().mean().backward(),
         real=off(lambda: real(torch.cat([x, x]), torch.cat([t, t]), c_two)), reward=off(lambda: run.reward(x, c)),
@@ -411,9 +409,9 @@ def speed(args, device):
     fakes = dict(text=k, forward=n * k, reward=k, backward=k, adamw=1)  # backward: forward and backward
     both = fakes | dict(forward=(1 + (k > 1)) * n * k, backward=2 * k, real=k, adamw=2)  # micro-batches roll out twice
     for name, took, needs in (("fake", (three - one) / 2, fakes), ("student and fake", one, both)):
-        bare = sum(sec[part] * times for part, times in needs.items())
-        print(f"{name} update of {args.batch}: {took:.4f} s; {needs}: {bare:.4f} s; ratio {took / bare:.3f}")
-    print(f"seconds, of {len(x)}: {json.dumps(sec)}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        bare, say = sum(sec[part] * times for part, times in needs.items()), print if run.rank == 0 else str
+        say(f"{name} update of {args.batch}: {took:.4f} s; {needs}: {bare:.4f} s; ratio {took / bare:.3f}")
+    say(f"seconds, of {len(x)}: {json.dumps(sec)}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 def main(args):
     """ValueError for what cannot work, before anything is written or downloaded."""
     counts = "batch accum group fake_steps student_steps steps chunk log_every save_every sample_every lr fake_lr w"
@@ -427,6 +425,7 @@ def main(args):
             (not 0 <= args.ema < 1 or args.lora_rank < 0, "choose --ema in [0, 1), --lora-rank at least 0"),
             ((args.image_size or 64) % 64, "choose --image-size as a multiple of 64"),
             (trains and (args.method == "dmd2") == (not real), "--real-data is for dmd2, which needs it"),
+            (args.layout == "geneval" and any("tag" not in row["of"] for row in rows), "geneval: give its metadata"),
             (trains and args.lam and args.method not in LAM, "--lam is for dmd2 and dmdr"),
             (trains and args.adam8bit and world > 1 and not args.lora_rank, "--adam8bit: give --lora-rank, or one GPU"),
             (trains and args.batch % (split or 1), f"--batch {args.batch} of {split} ranks x --accum: take a multiple"),
