@@ -851,7 +851,7 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     assert amd.load("whole", **run.parts) == 3 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
     assert bool(run.ema) == (ranks == 1) and not (run.ema and run.ema.swap())
     lines, = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)  # of which one loads a LoRA
-    if ranks > 1: lines = re.sub(r"pipe.load.*: (.*)\(\.\.\.\)", r'\1("runs/sdxl/student")', lines)
+    if ranks > 1: lines = lines.replace("pipe.load", "# pipe.load").replace("# pipe.unet", "pipe.unet")
     for old, new in dict(zip("stabilityai/stable-diffusion-xl-base-1.0 float16 cuda runs/sdxl =0)".split(), (
             "model", "float32", "cpu", "whole", "=0, output_type='pt', generator=seeded)"), strict=True)).items():
         lines = lines.replace(old, new)
