@@ -2,6 +2,8 @@
 import argparse
 import ast
 import copy
+import csv
+import gc
 import inspect
 import json
 import math
@@ -9,7 +11,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from torch.testing import assert_close
 import amd
 
 HERE = Path(__file__).parent
-def slow(test): test.slow = True; return test  # all others are marked fast, at the end of the file
 shapes = pytest.mark.parametrize("shape", [(8, 2), (8, 3, 4, 4), (8, 2, 3, 4, 4)])
 f64, double = partial(torch.tensor, dtype=torch.float64), partial(torch.randn, dtype=torch.float64)
 close = partial(assert_close, rtol=1e-9, atol=1e-12)
@@ -132,9 +132,8 @@ def test_forward_operator_and_its_inverses(shape):
     assert_close(alpha, torch.cat([abar, abar[-1:]]).sqrt().float())  # every i / N is index i, and t = 1 the last
     assert_close(alpha**2 + sigma**2, torch.ones(1001))
     close(amd.x0_from_eps(lambda x_t, t, c: eps, vp)(amd.renoise(x, t, eps, vp), t, c), x)
-    for wrap in (amd.x0_from_flow, partial(amd.x0_from_eps, schedule=vp)):  # half precision ends at the network
-        half, rounded = (wrap(lambda x_t, t, c, k=k: x_t.bfloat16().to(k)) for k in (torch.bfloat16, t.dtype))
-        assert half(x, t, c).equal(rounded(x, t, c))
+    half, rounded = (amd.x0_from_flow(lambda x_t, t, c, k=k: x_t.bfloat16().to(k)) for k in (torch.bfloat16, t.dtype))
+    assert half(x, t, c).equal(rounded(x, t, c))  # half precision ends at the network
 def test_displace_asks_once_and_in_order():
     calls = []
     real = lambda x_t, t, c: (calls.append((x_t, t, c)), x_t * amd.like(c["y"], x_t))[1]
@@ -145,8 +144,7 @@ def test_displace_asks_once_and_in_order():
     (both, t, c), = calls
     close(d.cond, z.x - x_t * z.c["y"][:, None]), close(d.uncond, z.x), close(d.fake, z.x - 0.5 * x_t - z.t[:, None])
     assert both.equal(torch.cat([x_t, x_t])) and t.equal(torch.cat([z.t, z.t])) and c["size"] == 7
-    assert c["more"][2] is None and c["more"][1][0].shape == (16,)
-    close(c["more"][0], torch.cat([z.c["more"][0], z.c["more"][0] + 1]))
+    assert c["more"][2] is None and c["more"][1][0].shape == (16,) == (len(c["more"][0]),)
     assert amd.displace(z.x, x_t, z.t, z.c, None, real, None, 1).fake is None
     assert len(calls) == 2 and len(calls[1][0]) == 8  # w = 1: no unconditional half
 def test_eq25_to_eq28_forces():
@@ -196,15 +194,13 @@ def test_ddmd_takes_dm_and_ca_from_two_levels():
     amd.gradient(amd.METHODS["ddmd"], z, real, fake, w=1)
     assert calls == [8, "fake", 16, 8, "fake"]
     t, v = torch.rand(2, 100)
-    (t_dm, low), (t_dm2, high) = amd.cleaner(t, v, 0.5), amd.noisier(t, v, 0.5)
-    close(low, v / 2, rtol=1e-6), close(high, 0.5 + v / 2, rtol=1e-6)
-    assert t_dm is t_dm2 is t and amd.METHODS["ddmd"].t is amd.cleaner and amd.joint(t, v, 0.5) == (t, None)
+    close(amd.cleaner(t, v, 0.5)[1], v / 2, rtol=1e-6), close(amd.noisier(t, v, 0.5)[1], 0.5 + v / 2, rtol=1e-6)
+    assert amd.METHODS["ddmd"].t is amd.cleaner and amd.joint(t, v, 0.5) == (t, None)
 def test_table1_rows():
     """The columns as the paper prints them, and with every special part off one and the same update."""
     T, z = amd.METHODS, draw()
-    assert [k for k in T if T[k].F_ext] == ["dmd", "dmd2", "dmdr"]
-    assert [k for k in T if T[k].phi is amd.fade] == ["magic", "dmdr"]
-    assert [k for k in T if T[k].W is amd.W_exp] == ["amd", "naive"]
+    assert [k for k in T if T[k].F_ext] == ["dmd", "dmd2", "dmdr"] and [k for k in T if T[k].phi is amd.fade] == [
+        "magic", "dmdr"] and [k for k in T if T[k].W is amd.W_exp] == ["amd", "naive"]
     assert [k for k in T if T[k].senses] == ["amd", "naive", "reward_forcing"]
     assert len({row[:5] for row in T.values()}) == len(T) == 8
     kw = dict(null=lambda c: 0 * c, w=2.0)
@@ -229,10 +225,7 @@ def test_method_binds_and_checks_and_blend_moves_weights():
     with pytest.raises(ValueError, match="magic, dmdr, amd, naive, reward_forcing"): amd.method("no")
     defaults = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
     assert defaults(amd.method) == dict(s=0.5, tau=1.0, lam=0.0, lam_d=0.01, fade=10_000, unit_w=False)
-    assert (given := defaults(amd.train)).pop("update").keywords == dict(clip=10.0) == defaults(amd.update)
-    assert given == dict.fromkeys("reward null truth logits adapt".split()) | dict(
-        K=8, w=1, schedule=amd.flow, shift=1, space="flow", t_range=(0.02, 0.98), normalize=True, fake_steps=5, accum=1,
-        seed=0, start=0) and defaults(amd.fade) == dict(over=10_000) and defaults(amd.backward_simulation)["u"] == 1
+    assert defaults(amd.train).items() >= dict(K=8, w=1, t_range=(0.02, 0.98), normalize=True, fake_steps=5).items()
 def test_backward_simulation_by_hand():
     net, c, z, levels, seen = nn.Linear(2, 2), torch.zeros(8), torch.randn(8, 2), [1.0, 0.6, 0.3], []
     denoise = lambda x_t, t, c: (seen.append(t), net(x_t) * amd.like(t, x_t))[1]
@@ -297,6 +290,9 @@ def test_algorithm1_by_a_literal_loop():
     R, null = closures["reward"], closures["null"]
     log = next(amd.train(amd.method("amd", s=s, tau=tau), *args[:4], *opts, reward=R, null=null, K=K, w=w, fake_steps=2,
                          seed=seed, update=partial(amd.update, clip=math.inf), shift=2, normalize=False))
+    def add(totals, loss, net):
+        grads = torch.autograd.grad(loss, net.parameters(), retain_graph=True, allow_unused=True)
+        for total, v in zip(totals, grads, strict=True): total += 0 if v is None else v
     losses = []
     for n in range(2):  # the student moves on the first only
         shared = torch.Generator().manual_seed(amd.key(seed, n))
@@ -319,54 +315,37 @@ def test_algorithm1_by_a_literal_loop():
             d_cond, d_uncond, d_fake = xi - cond, xi - uncond, xi - psi(x_t, ti, ci)
             g = (beta * (d_cond - d_fake) + alpha * (w - 1) * (d_cond - d_uncond)).detach()  # l. 15
             if n == 0:
-                for total, v in zip(grad_G, torch.autograd.grad((g * xi).sum() / 16, G.parameters(), retain_graph=True,
-                                                                allow_unused=True), strict=True):
-                    total += 0 if v is None else v  # l. 16
+                add(grad_G, (g * xi).sum() / 16, G)  # l. 16
             v_hat = (x_t - psi(x_t, ti, ci)) / ti
             loss = math.exp(-a / tau) * (v_hat - (eps[i] - xi.detach())).square().mean() / B  # l. 17-18, as a velocity
             losses.append(loss.item())
-            for total, v in zip(grad_psi, torch.autograd.grad(loss, psi.parameters(), allow_unused=True), strict=True):
-                total += 0 if v is None else v  # l. 19
+            add(grad_psi, loss, psi)  # l. 19
         with torch.no_grad():
             for net, grads in ((G, grad_G), (psi, grad_psi)):  # l. 21-22
                 for p, v in zip(net.parameters(), grads, strict=True): p -= lr * v
     for k, v in weights(nets).items(): close(v, weights(dict(student=G, fake=psi))[k])
     close(float(log["loss_fake"]), sum(losses) / 2)
     assert log["step"] == 1 and log["fake_step"] == 2 and log["skipped"] == 0
-@pytest.mark.parametrize("name", amd.METHODS)
-def test_micro_batches_change_nothing(name, monkeypatch):
-    """A group that spans four micro-batches, against one batch: the same weights and the same log, for every row."""
-    monkeypatch.setattr(torch, "randn_like", hashed)
-    m = amd.method(name, lam=0.2, tau=0.5, fade=3, unit_w=True)
-    (one, nets), (two, same) = steps(m, 3, K=8), steps(m, 3, accum=4, K=8)
-    for k, v in weights(nets).items(): assert_close(v, weights(same)[k], rtol=1e-9, atol=1e-9)
-    for a, b in zip(one, two, strict=True):
-        for k in a: assert_close(float(a[k]), float(b[k]), rtol=1e-7, atol=1e-9)
-    assert one[0].keys() == {"step", "fake_step", "skipped", *amd.LOGGED}
-    assert all(math.isfinite(v) for v in one[2].values())
 def test_unit_w_and_the_log():
     (log,), _ = steps(amd.method("amd", tau=0.3, unit_w=True), 1)
     close(float(log["w_mean"]), 1.0)
     (args, closures, _), r, pure = setting(), [], amd.method("dmd")  # pure senses nothing: its reward is for the log
     reward = lambda x, c: (r.append(closures["reward"](x, c)), r[-1])[1]
     log = next(amd.train(amd.method("amd", tau=0.3), *args, reward=reward, K=4))
-    groups = torch.stack(r).view(-1, 4)
-    std = groups.std(1, keepdim=True, unbiased=False)
+    std = (groups := torch.stack(r).view(-1, 4)).std(1, keepdim=True, unbiased=False)
     a = ((groups - groups.mean(1, keepdim=True)) / (std + 1e-6)).clamp(-1, 1)
     for k, v in dict(reward=groups.mean(), w_mean=(-a / 0.3).exp().mean(), fake_step=5, reward_std=std.mean(),
                      adv_clip=(a.abs() == 1).double().mean()).items(): close(float(log[k]), float(v))
     for K in (1, 4): assert (next(amd.train(pure, *args, reward=reward, K=K, fake_steps=1))["adv_clip"] > 0) == (K > 1)
     log = next(amd.train(pure, *args, K=1, fake_steps=1))
     assert math.isnan(log["reward"]) and log["ca_norm"] == 0 < log["dm_norm"] and amd.rms(f64([[3, -3]])) == 3
-def test_accum_rolls_out_again_and_other_iterations_need_no_graph():
-    for accum, want in [(1, [True, False]), (2, [False, False, True, True, False, False])]:
-        (args, closures, _), grads, noise = setting(accum=accum), [], []
-        def watched(c, u, generate=args[0], grads=grads, noise=noise):
-            grads.append(torch.is_grad_enabled()), noise.append(torch.rand(3))
-            return generate(c, u)
-        kw = dict(reward=closures["reward"], K=4, fake_steps=2, accum=accum, t_range=(0, 1))
-        assert next(amd.train(amd.method("amd"), watched, *args[1:], **kw)) and grads == want
-        assert accum == 1 or noise[0].equal(noise[2]) and noise[1].equal(noise[3]) and not noise[0].equal(noise[1])
+def test_accum_rolls_out_again_under_the_same_seed():
+    (generate, *args), closures, _ = setting(accum=2)
+    seen, kw = [], dict(reward=closures["reward"], K=4, fake_steps=2, accum=2)
+    watched = lambda c, u: (seen.append((torch.is_grad_enabled(), torch.rand(()).item())), generate(c, u))[1]
+    next(amd.train(amd.method("amd"), watched, *args, **kw))
+    grads, noise = zip(*seen, strict=True)
+    assert grads == (False, False, True, True, False, False) and noise[:2] == noise[2:4] and len({*noise}) == 4
 @pytest.mark.parametrize("where", ["x", "loss", "gradient"])
 def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (generate, real, critic, *rest), closures, nets = setting()
@@ -382,8 +361,9 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     assert [next(logs)["skipped"] for _ in range(3)] == [3, 6, 9]
     assert all(v.equal(before[k]) for k, v in weights(nets).items())
     assert next(logs)["skipped"] == 9 and not weights(nets)["student.out.weight"].equal(before["student.out.weight"])
-    n, student = [], lambda c, u: (n.append(0), generate(c, u)[0] * math.nan, 1.0)[1:]
-    with pytest.raises(FloatingPointError, match="ten updates"): [*amd.train(m, student, real, fake, *rest, **kw)]
+    student = lambda c, u: (n.append(0), generate(c, u)[0] * math.nan, 1.0)[1:]
+    with pytest.raises(FloatingPointError, match="ten updates"):
+        n.clear(), [*amd.train(m, student, real, fake, *rest, **kw)]
     assert len(n) == 10
 @pytest.mark.parametrize("given, message", [
     (dict(name="amd", reward=None), "pass reward="), (dict(name="dmdr", lam=1, reward=None), "pass reward="),
@@ -392,10 +372,8 @@ def test_what_is_not_finite_is_skipped_counted_and_raises_at_ten(where):
     (dict(w=2.0, null=None), "pass null="), (dict(K=3), "K = 3 must divide the 8"), (dict(K=1), "choose K >= 2"),
     (dict(reward=lambda x, c: x), "reward returned"), (dict(reward=lambda x, c: x[:, 0] * math.nan), "mend the reward"),
     (dict(real=lambda x_t, t, c: x_t[:, :1]), "real returned"), (dict(fake=lambda x_t, t, c: x_t[:1]), "fake returned"),
-    (dict(w=2.0, real=lambda x_t, t, c: x_t[:8]), "real returned shape"), (dict(space="v"), "space out of"),
-    (dict(t_range=(0, 980)), "t_range in [0, 1]"), (dict(t_range=(0.9, 0.1)), "t_range"), (dict(shift=0), "above 0"),
-    (dict(t_range=(-0.1, 1)), "t_range"), (dict(K=0), "above 0"), (dict(w=2.0, null=lambda c: {**c, "tag": 2}), "use"),
-    (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
+    (dict(space="v"), "space out of"), (dict(name="dmd2", lam=1, truth=lambda c: c["z"][:, :1]), "truth returned"),
+    (dict(t_range=(0, 980)), "t_range in [0, 1]"), (dict(w=2.0, null=lambda c: {**c, "tag": 2}), "use"),
     (dict(batch=lambda n, j: dict(y=torch.zeros(3 + 2 * j).double(), z=double(3 + 2 * j, 2)), accum=2), "equal micro"),
     (dict(name="dmd2", lam=1, logits=lambda x_t, t, c: x_t), "logits returned shape")])
 def test_train_says_what_is_wrong(given, message):
@@ -417,6 +395,16 @@ def test_update_clips_each_optimizer_and_steps_all_or_none():
     assert not amd.update(opts, 1.0).isfinite().all() and not any(p.any() for p in w)
     close((w[1].grad[2].zero_(), amd.update(opts, 1.0))[1], torch.tensor([5.0, 0.5]))
     close(-w[0].detach(), torch.tensor([0.6, 0.8, 0]), rtol=1e-4), close(-w[1].detach(), torch.tensor([0.3, 0.4, 0]))
+def test_amd_imports_torch_alone_and_every_equation_is_cited_and_tested():
+    text, tests = (HERE / "amd.py").read_text(), " ".join(re.findall(r"def (test_\w+)", Path(__file__).read_text()))
+    names = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+    numbers = lambda *given: {n for low, high in re.findall(*given) for n in range(int(low), int(high or low) + 1)}
+    cited, tested = numbers(r"Eq\. (\d+)(?:-(\d+))?", text), numbers(r"eq(\d+)(?:_to_eq(\d+))?", tests)
+    assert cited >= {*range(1, 15), 25, 26, 27, 28}
+    assert cited - tested <= {5, 11}, "Def. 3.2 and an assumption: measured by toy2d.py --figure zone"
+PROCESSES = inspect.currentframe().f_lineno  # the tests above are marked fast, at the end of the file
 # ---------------------------------------------------------------------------------------- real processes: Part II
 def launch(*command, ranks=1, script="test_amd.py"):
     torchrun = f"-m torch.distributed.run --nproc-per-node {ranks} --master-port {random.randint(20000, 40000)}".split()
@@ -426,7 +414,6 @@ def launch(*command, ranks=1, script="test_amd.py"):
 def finish(process):
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output[-3000:]
-@slow
 def test_two_ranks_change_nothing(tmp_path, monkeypatch):
     """A group of 8 on 2 ranks x 2 micro-batches, plain and under FSDP2, against one process, for every row."""
     finish(launch(tmp_path, ranks=2))
@@ -447,7 +434,6 @@ def span(out):
     (generate, *args), noise = setting(world=world, rank=rank)[0], []
     next(amd.train(amd.method("dmd"), lambda c, u: (noise.append(torch.rand(1, 3)), generate(c, u))[1], *args, K=8))
     assert len(amd.gather(noise[0]).unique(dim=0)) == world, "every rank draws its own noise"
-@slow
 def test_bad_checkpoints_and_other_runs_say_so(tmp_path):
     parts = lambda net: dict(student=(net, torch.optim.AdamW(net.parameters()), None))
     net = nn.Linear(4, 4)
@@ -458,9 +444,8 @@ def test_bad_checkpoints_and_other_runs_say_so(tmp_path):
         assert "\n" not in str(error.value)
     shard, = (tmp_path / "checkpoints/step_10").glob("*.distcp")
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))  # as on a full disk
-    try:
-        with pytest.raises(OSError, match="unfinished_11 cannot.*make room"): amd.save(tmp_path, 11, **parts(net))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    with pytest.raises(OSError, match="unfinished_11 cannot.*make room"): amd.save(tmp_path, 11, **parts(net))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     assert amd.load(tmp_path, **parts(nn.Linear(4, 4))) == 10
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="step_10 is damaged"): amd.load(tmp_path, **parts(nn.Linear(4, 4)))
@@ -470,34 +455,20 @@ def test_bad_checkpoints_and_other_runs_say_so(tmp_path):
     for changed, resume, message in ((config, False, "resume it"), (config | dict(lr=2e-3), True, "lr 0.001 -> 0.002")):
         with pytest.raises(ValueError, match=message): amd.open_run(out, changed, resume)
 # ------------------------------------------------------------------------------------------------ files and scripts
-def test_amd_imports_torch_alone_and_every_equation_is_cited_and_tested():
-    text, tests = (HERE / "amd.py").read_text(), " ".join(re.findall(r"def (test_\w+)", Path(__file__).read_text()))
-    names = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
-    numbers = lambda *given: {n for low, high in re.findall(*given) for n in range(int(low), int(high or low) + 1)}
-    cited, tested = numbers(r"Eq\. (\d+)(?:-(\d+))?", text), numbers(r"eq(\d+)(?:_to_eq(\d+))?", tests)
-    assert cited >= {*range(1, 15), 25, 26, 27, 28}
-    assert cited - tested <= {5, 11}, "Def. 3.2 and an assumption: measured by toy2d.py --figure zone"
-@slow
 def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     assert len(blocks := re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)) == 2
     (tmp_path / "amd.py").write_text((HERE / "amd.py").read_text())
     subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, check=True)
     assert (tmp_path / "runs/mine/checkpoints/step_10").exists()
-@slow
 def test_toy2d_makes_every_figure(tmp_path):
     small = f"--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 2 --out {tmp_path}".split()
     subprocess.run([sys.executable, HERE / "toy2d.py", *small], check=True)
     for name in "shaping zone naive ablation tilt methods".split():
         told = json.loads((tmp_path / f"{name}.json").read_text())
-        assert told.keys() >= {"figure", "reward", "seconds", "arms"} and told["seed"] == [0, 1]
-        assert told["reward"] == dict(naive="corner", tilt="linear").get(name, "selective")
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert told.keys() >= {"figure", "seconds"} and (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert told["reward"] == dict(naive="corner", tilt="linear").get(name, "selective") and told["seed"] == [0, 1]
     assert told["arms"].keys() == {f"{k}{exit}" for k in amd.METHODS for exit in ("", ", exit 1")}
-@slow
 def test_toy2d_teacher_and_measures():
-    """The exact teacher against an average over data; perfect samples against their own target."""
     import toy2d as lab  # needs matplotlib and tqdm, which the fast tests do without
     y, at, t = torch.ones(400_000).long(), torch.tensor([[0.3, -0.2]]), 0.6
     x = lab.real_samples(y)
@@ -507,21 +478,23 @@ def test_toy2d_teacher_and_measures():
     close(lab.target_mass("selective").view(3, 3), torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]]) / 6)
     x = lab.MODES[[0, 2, 4, 4, 6, 8] * 1500] + lab.STD * torch.randn(9000, 2)
     got, away = (lab.measure(v, "selective") for v in (x, x + 1))
-    assert got["off"] < 0.002 and got["bad"] == 0 and got["modes"] == 5 and got["tv"] < 0.02 and got["sw2"] < 0.05
+    assert got["off"] < 0.002 > got["bad"] and got["modes"] == 5 and got["tv"] < 0.02 and got["sw2"] < 0.05
     assert 1e-4 < got["zone"] < 0.003 and away["off"] > 0.99 < away["zone"] and abs(away["sw2"] - 1) < 0.05  # of (1, 1)
-@slow
 @pytest.mark.parametrize("script, flags, message", [
     ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out file/x", "--out"),
     ("sit_imagenet", "--preset digits --lr -1", "choose lr"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
     ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "--preset digits --method dmd", "no sample"),
     ("sit_imagenet", "--teacher file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
     ("sit_imagenet", "--preset cifar10 --data images", "one class"), ("sit_imagenet", "--w 1 2", "choose one --w"),
-    ("sit_imagenet", "--init .", "config.json"), ("sit_imagenet", "--dry-run full --model X/3", "size/patch"),
+    ("sit_imagenet", "--init .", "config.json"), ("wan", "--frames 20", "multiple of"), ("wan", "score", "give"),
+    ("wan", "--window 5", "at least --sink plus --block"), ("wan", "--prompts no.csv", "No such file"),
+    ("wan", "--mode bidirectional --frames 1", "rates motion"), ("wan", "--dry-run tiny --teacher thin", "text_dim"),
+    ("wan", "--prompts file", "give 1 to"), ("wan", "--method magic", "give --teacher"), ("wan", "--lr 0", "choose lr"),
+    ("wan", "--dry-run tiny --model torn", "is no Wan2.1"), ("wan", "--dry-run tiny --init file", "is no student"),
     ("sdxl", "--prompts file", "give 1 to"), ("sdxl", "--prompts latin.txt", "UTF-8"), ("sdxl", "--lr 0", "choose lr"),
     ("sdxl", "--prompts long.txt", "prompt 2"), ("sdxl", "--prompts half.jsonl", "no .json"), ("sdxl", "score", "give"),
-    ("sdxl", "--prompts no.txt", "No such file"), ("sdxl", "--model torn", "has no unet"), ("sdxl", "sample", "--init"),
-    ("sdxl", "--method dmd2", "dmd2, which needs"), ("sdxl", "--batch 12", "choose K"), ("sdxl", "--accum 3", "take"),
-    ("sdxl", "--init . --layout hpdv2 sample", "anime.json"), ("sdxl", "--lam 1", "dmd2 and dmdr"),
+    ("sdxl", "--model torn", "has no unet"), ("sdxl", "sample", "--init"), ("sdxl", "--batch 12", "choose K"),
+    ("sdxl", "--method dmd2", "dmd2, which needs"), ("sdxl", "--lam 1", "dmd2 and dmdr"), ("sdxl", "--accum 3", "take"),
     ("sdxl", "--dry-run tiny --method dmd2 --real-data images --image-size 192", "bottleneck is 12")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, script, flags, message):
     monkeypatch.chdir(tmp_path), pictures(tmp_path / "images"), (tmp_path / "images/class").mkdir()
@@ -529,6 +502,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, script, flags, message):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9"), (tmp_path / "half.jsonl").write_text('{"prompt": ')
     (tmp_path / "long.txt").write_text("ok\n" + "x" * 10_000), (tmp_path / "torn/vae").mkdir(parents=True)
     (tmp_path / "torn/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline", "unet": ["a", "b"]}')
+    (tmp_path / "thin/transformer").mkdir(parents=True), (tmp_path / "thin/transformer/config.json").write_text("{}")
     if script == "toy2d" or flags in ("--w 1 2", "--lr 0"):
         got = subprocess.run([sys.executable, HERE / f"{script}.py", *flags.split()], capture_output=True, text=True)
         assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
@@ -537,97 +511,34 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, script, flags, message):
         with pytest.raises((ValueError, OSError), match=re.escape(message)): lib.main(lib.parse(flags.split()))
     assert not (tmp_path / "runs").exists(), "nothing is written before"
 # -------------------------------------------------------------------------------------------------- sit_imagenet.py
-def sit_by_hand(w, x, t, y, p, heads=2):
-    """SiT by its paper and the tensors of its files, in their time and sign: x (B, 4, 8, 8) -> (B, outputs, 8, 8)."""
-    def linear(k, v): return v @ w(f"{k}.weight").T + w(f"{k}.bias")
-    def modulated(v, shift, scale):
-        v = (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-        return v * (1 + scale[:, None]) + shift[:, None]
-    B, n = len(x), 8 // p
-    h = F.conv2d(x, w("x_embedder.proj.weight"), w("x_embedder.proj.bias"), stride=p).flatten(2).mT + w("pos_embed")
-    angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))))
-    c = F.silu(c + w("y_embedder.embedding_table.weight")[y])
-    for k in ("blocks.0.", "blocks.1."):
-        m = linear(k + "adaLN_modulation.1", c).chunk(6, 1)
-        q, key, v = linear(k + "attn.qkv", modulated(h, m[0], m[1])).view(B, n * n, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = ((q @ key.mT) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        h = h + m[2][:, None] * linear(k + "attn.proj", mixed.transpose(1, 2).flatten(2))
-        wide = F.gelu(linear(k + "mlp.fc1", modulated(h, m[3], m[4])), approximate="tanh")
-        h = h + m[5][:, None] * linear(k + "mlp.fc2", wide)
-    h = linear("final_layer.linear", modulated(h, *linear("final_layer.adaLN_modulation.1", c).chunk(2, 1)))
-    return F.pixel_shuffle(h.view(B, n, n, p * p, -1).permute(0, 4, 3, 1, 2).flatten(1, 2), p)
-@slow
-@pytest.mark.parametrize("p, outputs", [(2, 8), (4, 8), (2, 4), (8, 4)])
-def test_sit_is_its_definition_and_its_files(tmp_path, p, outputs):
+@pytest.mark.parametrize("outputs", [8, 4])
+def test_sit_reads_both_kinds_of_files(tmp_path, outputs):
     """8 channels out: SiT's own file, t = 0 noise, velocity x - noise. 4: REPA's, t = 1 noise, and its projectors."""
     import sit_imagenet as sit
-    made = sit.SiT(f"tiny/{p}", 8, learn_sigma=outputs == 8)
-    w, used = {k: 0.2 * torch.randn_like(v) for k, v in made.state_dict().items()}, set()
+    made, args = sit.SiT("tiny/2", 8, learn_sigma=outputs == 8), sit.parse(["--dry-run", "tiny", "--model", "tiny/2"])
+    w = {k: 0.2 * torch.randn_like(v) for k, v in made.state_dict().items()}
     saved = dict(ema=w, args=argparse.Namespace(lr=1)) if outputs == 8 else w | {"projectors.0.weight": torch.ones(3)}
-    torch.save(saved, tmp_path / "sit.pt")
-    args = sit.parse(["--dry-run", "tiny", "--model", f"tiny/{p}"])
-    net, read = sit.read_sit(tmp_path / "sit.pt", args), lambda k: (used.add(k), w[k])[1]
-    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 7, 1000])
-    v = sit_by_hand(read, x, t, y, p) if outputs == 4 else -sit_by_hand(read, x, 1 - t, y, p)[:, :4]
-    assert_close(net(x, t, y), v, rtol=0, atol=1e-5)
-    assert_close(sit.denoiser(net)(x, t, y), x - t[:, None, None, None] * v, rtol=0, atol=1e-5)
-    assert used == w.keys() and net.null(y).tolist() == [1000] * 3
-    pos = made.pos_embed[0].view(8 // p, 8 // p, 2, 2, 8)  # row, column, x or y, sin or cos, band
-    for axis, at in ((0, 8 // p - 1), (1, 0)):  # the upper right corner
-        assert_close(pos[0, -1, axis, 0], (at * 1e4 ** (-torch.arange(8) / 8)).sin())
-    torch.save({k: w[k] for k in w if "pos" not in k}, tmp_path / "sit.pt")
-    with pytest.raises(ValueError, match="is no SiT tiny"): sit.read_sit(tmp_path / "sit.pt", args)
-@slow
-def test_dinov2_reads_four_layers_and_places_positions_as_its_authors():
-    timm, sit = pytest.importorskip("timm"), __import__("sit_imagenet")
-    net = timm.create_model("vit_large_patch14_dinov2", num_classes=0, embed_dim=32, depth=5, num_heads=2).eval()
-    for q in net.parameters(): q.data.normal_(0, 0.2)
-    net.pos_embed.data[0, 1:] = torch.arange(37.0).repeat(37)[:, None]  # the column; timm's own way is off by up to .2
-    logits, middle = sit.dinov2(net, head := nn.Linear(160, 1000)), (torch.arange(2, 14) + 0.5) * 37 / 16.1 - 0.5
-    assert_close(net.pos_embed[0, 1:, 0].view(16, 16)[:, 2:14], middle.expand(16, 12), rtol=0, atol=0.05)
-    for block in net.blocks: block.register_forward_hook(lambda m, i, o: outs.append(net.norm(o)))
-    image, outs = torch.rand(2, 3, 224, 224), []
-    got, (mean, std) = logits(image), torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    assert_close(got, head(torch.cat([*(o[:, 0] for o in outs[1:]), outs[4][:, 1:].mean(1)], 1)), rtol=0, atol=1e-4)
-    net((image - mean) / std)
-    assert_close(outs[9], outs[4])
-@slow
-def test_measures_of_what_is_known():
-    """FD of Gaussians in closed form, IS of known logits in runs of 5,000, coverage of clusters."""
-    from sit_imagenet import compare
-    f = torch.linalg.qr((f := torch.randn(500, 6).double()) - f.mean(0))[0] * 499**0.5  # mean 0, covariance 1
-    shift, scale = torch.arange(6).double() / 2, torch.arange(1.0, 7).double()
-    stats, want = dict(mu=shift.numpy(), sigma=torch.diag(scale**2).numpy()), (shift**2 + (scale - 1) ** 2).sum().item()
-    assert abs(compare(f, f * scale + shift)["FD"] - want) < 1e-3 > abs(compare(f, None, stats)["FD"] - want)
-    y, x = torch.arange(10_000) % 10, torch.randn(50, 300)  # fewer samples than dimensions
-    got = compare(x, x, None, 99 * F.one_hot(y[:100], 10))
-    assert abs(got["FD"]) < 1e-3 and abs(got["IS"] - 10) < 1e-3 and got["precision"] == got["recall"] == 1
-    assert abs(compare(x, x, None, 99 * F.one_hot(y.sort().values, 10))["IS"] - 5) < 1e-3  # five classes in each run
-    line = torch.arange(100.0)[:, None] * torch.tensor([[1.0, 0]])  # balls of radius 2: the third neighbour
-    f = torch.tensor([[0.0, 0], [50, 1.9], [50, 2.1], [500, 0], [500, 9]]).repeat_interleave(20, 0)
-    assert [round(compare(f, line, None, line)[k], 6) for k in ("precision", "recall")] == [0.4, 0.01]
-@slow
-def test_evaluate_reads_npz_and_folders_and_adms_statistics(tmp_path, monkeypatch, capsys):
-    """The real Inception, its weights at random: a set against itself, and against statistics moved by a known way."""
-    from torch_fidelity import feature_extractor_inceptionv3 as port
-    sit, np = __import__("sit_imagenet"), __import__("numpy")
-    monkeypatch.setattr(port, "load_state_dict_from_url", lambda *args, **kw: {})
-    monkeypatch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-    monkeypatch.chdir(tmp_path), (tmp_path / "empty").mkdir(), (tmp_path / "folder").mkdir()
+    torch.save(saved, tmp_path / "sit.pt"), torch.save({k: w[k] for k in w if "pos" not in k}, tmp_path / "no.pt")
+    net, (x, t), y = sit.read_sit(tmp_path / "sit.pt", args), (torch.randn(3, 4, 8, 8), torch.rand(3)), torch.arange(3)
+    plain = sit.SiT("tiny/2", 8)  # whose last layer has the first four of eight channels
+    first = {k: v.unflatten(0, (4, -1))[:, :4].flatten(0, 1) for k, v in w.items() if "final_layer.lin" in k}
+    plain.load_state_dict(w | first)
+    v = plain(x, t, y) if outputs == 4 else -plain(x, 1 - t, y)
+    assert_close(net(x, t, y), v), assert_close(sit.denoiser(net)(x, t, y), x - t[:, None, None, None] * v)
+    assert_close(made.pos_embed[0].view(4, 4, 2, 2, 8)[0, -1, 0, 0], (3 * 1e4 ** (-torch.arange(8) / 8)).sin())
+    with pytest.raises(ValueError, match="is no SiT tiny"): sit.read_sit(tmp_path / "no.pt", args)
+def test_evaluate_takes_adms_statistics_and_its_own(tmp_path, monkeypatch, capsys):
+    sit, np, pool = __import__("sit_imagenet"), __import__("numpy"), torch.randn(6, 128)
+    monkeypatch.chdir(tmp_path), (tmp_path / "empty").mkdir()
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    pool, logits, spatial = sit.inception(CPU)(torch.from_numpy(images))
-    assert (pool.shape, logits.shape, spatial.shape) == ((6, 2048), (6, 1008), (6, 17 * 17 * 7))
-    for i in range(6): __import__("PIL.Image").Image.fromarray(images[i]).save(f"folder/{i}.png")
     np.savez("adm.npz", images, mu=pool.double().mean(0) + 0.5, sigma=torch.cov(pool.double().T))
-    np.savez("bare.npz", images), np.savez("none.npz", images=images), np.savez("half.npz", images[:, :16])
-    monkeypatch.setattr(sit, "inception", lambda device: lambda x: (pool, logits, spatial))
+    np.savez("a.npz", images)
+    monkeypatch.setattr(sit, "inception", lambda device: lambda x: (pool, pool, pool))
     run = lambda a, b: sit.main(sit.parse(["evaluate", "--samples", a, "--ref", b]))
-    for a, b, fid in (("folder", "bare.npz", 0), ("bare.npz", "adm.npz", 512)):
-        got = (run(a, b), json.loads(capsys.readouterr().out))[1]
-        assert abs(got["FID"] - fid) < 1e-3 and abs(got["sFID"]) < 1e-3 and got["precision"] == got["recall"] == 1
-    for a in ("empty", "folder/0.png", "half.npz", "none.npz"):
-        with pytest.raises(ValueError, match="arr_0" if a == "none.npz" else "one size"): run(a, "bare.npz")
+    for b, fid in (("a.npz", 0), ("adm.npz", 32)):
+        got = (run("a.npz", b), json.loads(capsys.readouterr().out))[1]
+        assert abs(got["FID"] - fid) < 1e-2 and abs(got["sFID"]) < 1e-2 and got["precision"] == got["recall"] == 1
+    with pytest.raises(ValueError, match="one size"): run("empty", "a.npz")
 def survive(tmp_path, script, flags, ranks):
     """A dry run killed after a checkpoint, then resumed: the student and the log of a run left alone, bit for bit."""
     def run(out, *more, wait=True):  # on one rank here, if we wait: most of a process's time is imports
@@ -649,56 +560,42 @@ def survive(tmp_path, script, flags, ranks):
     assert [row["step"] for row in rows] == [*range(1, len(whole) + 1)]
     for k in ("loss_fake", "reward", "g_norm"): assert [row[k] for row in rows] == [row[k] for row in whole]
     assert rows[0].keys() >= {"step", "fake_step", *amd.LOGGED, "skipped", "sec", "samples_per_s", "mem_gib"}
-@slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sit_survives_kill_9_and_any_ranks_sample(tmp_path, ranks):
-    """Killed in its second stage; then its npz, alike from one process and two."""
+def test_sit_survives_kill_9_and_any_ranks_sample(tmp_path):
     sit, load = __import__("sit_imagenet"), __import__("numpy").load
-    flags = "--dry-run tiny --save-every 2 --steps 6 --log-every 1 --chunk 4"
-    survive(tmp_path, "sit_imagenet", flags, ranks)
-    dmdr = f"--dry-run tiny --method dmdr --accum 2 --student-steps 2 --base-steps 0 --out {tmp_path}/dmdr"
-    sit.main(sit.parse(dmdr.split())) if ranks == 1 else None
+    flags, _ = "--dry-run tiny --save-every 2 --steps 6 --log-every 1 --chunk 4", torch.set_num_threads(1)
+    survive(tmp_path, "sit_imagenet", flags, 2)
     a = torch.load(tmp_path / "whole/student/sit.pt")["ema"]
     alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), CPU)  # reads what two ranks wrote
     assert amd.load(tmp_path / "whole", **alone.parts) == 6 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
-    state = alone.opts[1].state[alone.nets["fake"].final_layer["linear"].weight]  # 2 + 6 updates of two each
-    assert state["step"] == 16 and state["exp_avg"].any()
     half = sit.prepare(sit.parse(["--dry-run", "tiny", "--accum", "2"]), CPU).batch(5, 1)
     assert (y := alone.batch(5, 0)).view(2, 8).unique(dim=1).shape == (2, 1) and half.equal(y[8:]) and y[0] != y[8]
     def sampled(n, *more):
         command = ["sample", *flags.split(), "--teacher", f"{tmp_path}/whole", "--out", f"{tmp_path}/images", *more]
         sit.main(sit.parse(command)) if n == 1 else finish(launch(*command, ranks=n, script="sit_imagenet.py"))
         return load(tmp_path / "images/samples.npz")["arr_0"]
-    assert (images := sampled(ranks)).shape == (8, 64, 64, 3) and images.dtype == "uint8"
+    assert (images := sampled(1)).shape == (8, 64, 64, 3) and images.dtype == "uint8"
     net, decode, _ = sit.backbone(sit.parse(["--dry-run", "tiny", "--teacher", f"{tmp_path}/whole"]), CPU)
     assert torch.manual_seed(amd.key(0, 1)) and all(v.equal(a[k]) for k, v in net.state_dict().items())
     z, y = torch.randn(4, 4, 8, 8), torch.randint(1000, (8,), generator=sit.seeded(0))[4:]
     with torch.no_grad(): x = decode(sit.denoiser(net)(z, torch.ones(4), y)).clamp(-1, 1)  # chunk 1, in one step
     assert abs(images[4:] - (127.5 * x.permute(0, 2, 3, 1).numpy() + 127.5)).max() <= 1
     (tmp_path / "images/chunks/000000.npy").unlink()
-    assert (sampled(3 - ranks, "--resume") == images).all()
-@slow
+    assert (sampled(2, "--resume") == images).all()
 def test_sit_presets_run_every_arm(tmp_path):
     import sit_imagenet as sit
-    flags = f"--preset digits --steps 2 --base-steps 2 --seeds 2 --count 60 --sample-every 1 --w 1 1.5 --out {tmp_path}"
+    flags = f"--preset digits --steps 1 --base-steps 1 --seeds 1 --count 60 --sample-every 1 --w 1 1.5 --out {tmp_path}"
     args = sit.variant(sit.parse(flags.split()), fit=((3, 1e-3),) * 3)
     sit.main(args)
     arms = {f"{k}, w = {w}" for k in sit.ARMS for w in (1, 1.5)}
-    rows, curves = map(json.loads((tmp_path / "table.json").read_text()).get, ("rows", "curves"))
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert rows.keys() == arms | {"real, held out", "teacher, w = 1", "teacher, w = 1.5"}
-    assert {len(rows[k]) for k in arms} == {2} and sit.ARMS["RLS only"]["s"] == 0 == 1 / sit.ARMS["DSA only"]["tau"]
     assert rows["AMD, w = 1"][0].keys() == {*"FD IS precision recall reward accuracy".split()}
     assert min((tmp_path / name).stat().st_size for name in ("curves.png", "samples.png")) > 5000
-    when = (tmp_path / "AMD, w = 1, seed 0/student/sit.pt").stat
-    assert when().st_mtime_ns == (sit.main(sit.variant(args, resume=True)), when())[1].st_mtime_ns
-    other = dict(init=tmp_path / "../" / tmp_path.name, out=tmp_path / "other", arms=["AMD"], tau=2.0, seed=5, seeds=1)
-    sit.main(sit.variant(args, w=[1.0], **other))  # shares networks and base, whatever its own seed or path
-    assert {p.name for p in (tmp_path / "other").glob("*/")} == {"AMD, w = 1, seed 5"}
-    with pytest.raises(ValueError, match="another data"): sit.main(sit.variant(args, **other, data=tmp_path))
+    with pytest.raises(ValueError, match="another data"): sit.main(sit.variant(
+        args, init=tmp_path, out=tmp_path / "other", arms=["AMD"], data=tmp_path))
 # ---------------------------------------------------------------------------------------------------------- sdxl.py
 @pytest.fixture
 def sd(tmp_path, monkeypatch):
-    """sdxl.py in an empty folder; sd.run(flags): what its `prepare` returns, of tiny random networks."""
     import sdxl
     monkeypatch.chdir(tmp_path)
     args = lambda flags: sdxl.parse(f"--dry-run tiny --no-compile {flags}".split())
@@ -711,7 +608,6 @@ def pictures(folder, count=5):
         np.integers(0, 256, (100, 85 + 10 * i, 3), dtype="uint8")).save(folder / f"{i}.png")
     rows = [json.dumps(dict(file_name=f"{i}.png", text=f"noise number {i}")) for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
-@slow
 def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
     """A student and a fake update, GAN and all, by DMD2's own equations on diffusers' scheduler and the whole UNets."""
     from diffusers import DDPMScheduler
@@ -755,7 +651,6 @@ def test_sdxl_takes_dmd2s_steps(sd, tmp_path):
     assert k > 0 == log["skipped"] and pixels[0].shape == (1, 3, 64, 64) and -1 <= pixels[0].min() < -0.9
     for net, old, grads in zip(nets, before, want, strict=True):
         for p, q, g in zip(net.parameters(), old, grads, strict=True): assert_close(q - p, g, rtol=1e-3, atol=1e-5)
-@slow
 def test_sdxl_adapters_leave_the_teacher_alone(sd):
     """Student, fake and adapted teacher on one base: none sees another's adapter, and training none of the base."""
     run = sd.run("--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --accum 2 --ema 0.5")
@@ -765,12 +660,9 @@ def test_sdxl_adapters_leave_the_teacher_alone(sd):
     logs = run.train()
     assert next(logs)["skipped"] == next(logs)["skipped"] == 0 and look("real").equal(base)
     assert min((look("student") - base).abs().max(), (look("fake") - look("student")).abs().max()) > 1e-4
-    assert run.adapt(1) and look("blended").equal(fake := look("fake")) and run.adapt(0) and look("blended").equal(base)
-    with torch.no_grad(): [p.zero_() for k, p in run.nets["student"].named_parameters() if "lora_B" in k]
-    assert_close(look("student"), base, rtol=0, atol=1e-6), assert_close(look("fake"), fake, rtol=0, atol=0)
+    assert run.adapt(1) and look("blended").equal(look("fake")) and run.adapt(0) and look("blended").equal(base)
     assert {m.scaling["default"] for m in sd.adapters(run.nets["fake"]).values()} == {8 / 4}  # DMD2's alpha
     assert not [k for k in amd.tensors(run.parts) if "lora" not in k and ".opt." not in k]
-@slow
 def test_hpsv2_is_its_definition(sd, tmp_path):
     """Its authors' steps, one picture at a time, on random weights: to a tensor, longest side, black, CLIP, cosine."""
     import open_clip
@@ -785,11 +677,10 @@ def test_hpsv2_is_its_definition(sd, tmp_path):
         image = V.pad(image, [(224 - w) // 2, (224 - h) // 2, 224 - w - (224 - w) // 2, 224 - h - (224 - h) // 2])
         image = V.normalize(image, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
         return 100 * F.cosine_similarity(net.encode_image(image[None]), net.encode_text(words([prompt])))[0]
-    images = [picture(f"some/{i}.png") for i in range(5)]
+    images, judge = [picture(f"some/{i}.png") for i in range(5)], torch.manual_seed(7) and sd.hpsv2(args, CPU)
     want = torch.stack([by_hand(V.to_tensor(a), b) for a, b in zip(images, texts, strict=True)])
-    pipe, x = sd.random_pipeline(False), torch.randn(4, 4, 8, 8, requires_grad=True)
-    judge = torch.manual_seed(7) and sd.hpsv2(args, CPU)
-    reward, read, seen = torch.manual_seed(7) and sd.load_reward(args, pipe, CPU)
+    pipe, x, _ = sd.random_pipeline(False), torch.randn(4, 4, 8, 8, requires_grad=True), torch.manual_seed(7)
+    reward, read, seen = sd.load_reward(args, pipe, CPU)
     assert_close(judge(images, texts), want, rtol=0, atol=1e-4)
     c = sd.conditions(args, pipe, read, CPU)[0](texts, torch.arange(4) // 2)
     image = ((pipe.vae.decode(x / 0.13025).sample + 1) / 2).clamp(0, 1)
@@ -797,49 +688,7 @@ def test_hpsv2_is_its_definition(sd, tmp_path):
     assert_close(reward(x, c), want, rtol=0, atol=1e-4)
     g, grad = (torch.autograd.grad(r.sum(), x)[0] for r in (reward(x, c), want))
     assert_close(g, grad, rtol=1e-3, atol=1e-5)
-    assert torch.cat(seen).shape == (4,) and seen[1].all() and g.any() and reward(x[[0, 0, 1, 1]], c)[0]
-    assert not seen[1].any()
-@slow
-def test_held_out_judges_and_the_winning_rate(sd, tmp_path, capsys, monkeypatch):
-    """ImageReward's file at a tiny size, PickScore's cosine, Wilson's interval by scipy."""
-    import transformers as T
-    pictures(tmp_path / "some")
-    texts, images = ["a fox", "fox in a fox"], [picture(f"some/{i}.png").resize((224, 224)) for i in (0, 1)]
-    (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a fox in".split()))
-    (words := T.BertTokenizer("vocab.txt")).save_pretrained("bert")
-    size, see = dict(hidden_size=48, num_hidden_layers=2, intermediate_size=96), __import__("timm").create_model(
-        "vit_tiny_patch16_224", num_classes=0).eval()
-    read = T.models.blip.modeling_blip_text.BlipTextModel(
-        T.BlipTextConfig(**size, encoder_hidden_size=192, num_attention_heads=12), add_pooling_layer=False).eval()
-    mlp = [nn.Linear(a, b) for a, b in ((48, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
-    parts = {"blip.visual_encoder": see, "blip.text_encoder": read, "blip.vision_proj": nn.Linear(2, 2)} | {
-        f"mlp.layers.{i}": m for i, m in zip("02467", mlp, strict=True)}
-    torch.save({f"{k}.{name}": v for k, m in parts.items() for name, v in m.state_dict().items()}, "ImageReward.pt")
-    pixels = torch.stack([sd.form(224, sd.MEAN, sd.STD)(image) for image in images])
-    c = words(texts, padding="max_length", max_length=35, return_tensors="pt")
-    h = read(c.input_ids, c.attention_mask, encoder_hidden_states=see.forward_features(pixels), is_decoder=False)[0]
-    judge = sd.imagereward(None, CPU, "ImageReward.pt", "bert", "vit_tiny_patch16_224", **size)
-    assert_close(judge(images, texts), (nn.Sequential(*mlp)(h[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072)
-    one = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    net, words = T.CLIPModel(T.CLIPConfig(text_config=one, vision_config=one)), sd.random_pipeline(False).tokenizer
-    net.save_pretrained("pick"), T.CLIPProcessor(T.CLIPImageProcessor(), words).save_pretrained("form")
-    c, f = words(texts, padding=True, return_tensors="pt"), net.visual_projection(net.vision_model(pixels)[1])
-    cos = F.cosine_similarity(f, net.text_projection(net.text_model(c.input_ids, c.attention_mask).pooler_output))
-    assert_close(sd.pickscore(None, CPU, "pick", "form")(images, texts), net.logit_scale.exp() * cos)
-    rows = [dict(file=f"{'photo/' if i < 4 else ''}{i}.png", of=dict(prompt=f"{i}")) for i in range(20)]
-    (tmp_path / "a/images/photo").mkdir(parents=True)
-    for row in rows: images[0].save(tmp_path / "a/images" / row["file"])
-    (tmp_path / "a/prompts.jsonl").write_text("\n".join(map(json.dumps, rows))), shutil.copytree("a", "b")
-    order = iter(torch.tensor([[*range(20)], [20.0] * 7 + [7, 8] + [0] * 11]).view(10, 4))
-    monkeypatch.setitem(sd.JUDGES, "hpsv2", lambda args, device: lambda images, prompts: next(order))
-    sd.main(sd.parse("score --samples a b --chunk 4".split()))  # 11 wins and 2 draws of 20
-    one, two, wins = map(json.loads, capsys.readouterr().out.splitlines())
-    exact = __import__("scipy.stats").stats.binomtest(12, 20).proportion_ci(method="wilson")
-    assert (one["mean"], one["photo"], two["photo"], one["images"]) == (9.5, 1.5, 20, 20)
-    assert_close([wins[k] for k in ("winning_rate", "low", "high")], [0.6, *exact], rtol=1e-4, atol=0)
-    (tmp_path / "b/images/7.png").unlink()
-    with pytest.raises(OSError, match="7.png"): sd.main(sd.parse("score --samples b".split()))
-@slow
+    assert torch.cat(seen).shape == (4,) and seen[1].all() and g.any()
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     """From diffusers to diffusers: alone a LoRA, its average, 8-bit states; on two ranks whole sharded UNets."""
@@ -850,7 +699,7 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     run, texts = sd.prepare(sd.parse(f"{flags} --out whole --accum 1".split()), CPU), ["a red fox in deep snow"]
     assert amd.load("whole", **run.parts) == 3 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
     assert bool(run.ema) == (ranks == 1) and not (run.ema and run.ema.swap())
-    lines, = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)  # of which one loads a LoRA
+    lines = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)[0]  # of which one loads a LoRA
     if ranks > 1: lines = lines.replace("pipe.load", "# pipe.load").replace("# pipe.unet", "pipe.unet")
     for old, new in dict(zip("stabilityai/stable-diffusion-xl-base-1.0 float16 cuda runs/sdxl =0)".split(), (
             "model", "float32", "cpu", "whole", "=0, output_type='pt', generator=seeded)"), strict=True)).items():
@@ -863,38 +712,189 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     sampled = lambda *more: sd.main(sd.parse(["sample", *flags.split(), *"--prompts p.jsonl --layout geneval".split(),
                                               "--init", f"{tmp_path}/whole", "--out", *more]))
     sampled("one"), sampled("all", "--chunk", "12")  # each image has a seed, whatever the batch
-    files = [tmp_path / f"one/images/00000/{k}" for k in ("metadata.jsonl", *(f"samples/000{i}.png" for i in range(4)))]
-    assert sorted((tmp_path / "one/images").rglob("*.*"))[:5] == files
-    assert json.loads((tmp_path / "one/images/00001/metadata.jsonl").read_text()) == dict(prompt="a fox 1", tag="t")
-    raw = lambda p: torch.frombuffer(bytearray(picture(p).tobytes()), dtype=torch.uint8).int()
-    for p in files[1:5]: assert (raw(p) - raw(str(p).replace("/one/", "/all/"))).abs().max() <= 1
-    lost = raw(files[3]), files[3].unlink(), files[4].write_bytes(b"kept"), sampled("one", "--resume")
-    assert (raw(files[3]) - lost[0]).abs().max() <= 1 and files[4].read_bytes() == b"kept"
-    assert (raw(files[3]) - raw(files[2])).abs().max() > 9
-@slow
-def test_sd15_trains_on_a_full_disk_too_and_its_lora_does_not_fit_sdxl(sd, tmp_path):
+    folder, raw = tmp_path / "one/images/00000", lambda p: torch.tensor(list(picture(p).tobytes()))
+    files = [folder / f"samples/000{i}.png" for i in range(4)]
+    assert json.loads((folder / "metadata.jsonl").read_text()) == dict(prompt="a fox 0", tag="t")
+    for p in files: assert (raw(p) - raw(str(p).replace("/one/", "/all/"))).abs().max() <= 1
+    lost = raw(files[2]), files[2].unlink(), files[3].write_bytes(b"kept"), sampled("one", "--resume")
+    assert (raw(files[2]) - lost[0]).abs().max() <= 1 and files[3].read_bytes() == b"kept"
+    assert (raw(files[2]) - raw(files[1])).abs().max() > 9
+# ---------------------------------------------------------------------------------------------------------- wan.py
+@pytest.fixture
+def wn(tmp_path, monkeypatch):
+    wan = (monkeypatch.chdir(tmp_path), __import__("wan"))[1]
+    def net(causal=True):
+        net = torch.manual_seed(1) and wan.load_transformer("tiny", CPU, torch.float)
+        for p in net.parameters(): p.data.normal_(0, 0.3)
+        return wan.make_causal(net) if causal else net
+    return argparse.Namespace(**vars(wan), wan=wan, net=net)
+def masked_pass(net, x, where, t, sees, text, p=4):  # p tokens a frame
+    """All frames of x (B, 16, F, h, w) at once, by diffusers' own attention: f is at where[f], t[f], reads sees[f]."""
+    attend, t, rope = net.blocks[0].attn1.processor, torch.tensor(t), net.rope.forward
+    mask = torch.tensor([[g in s for g in range(len(t))] for s in sees]).repeat_interleave(p, 0).repeat_interleave(p, 1)
+    for block in net.blocks: block.attn1.set_processor(lambda attn, h, c, _, rope: attend(attn, h, c, mask, rope))
+    net.rope.forward = lambda x: [v.unflatten(1, (-1, p))[:, where].flatten(1, 2) for v in rope(
+        x.new_empty(1).expand(1, 1, max(where) + 1, *x.shape[3:]))]
+    return x - t[:, None, None] * net(x, 1000 * t.repeat_interleave(p).expand(len(x), -1), text).sample
+@pytest.mark.parametrize("n, F, window, sink", [(3, 15, 9, 3), (1, 6, 3, 1), (2, 8, 8, 0), (3, 9, 5, 2), (2, 10, 5, 1)])
+@torch.no_grad()
+def test_a_cached_stream_is_one_masked_pass(wn, n, F, window, sink):
+    """Against clean frames, which are the cache, beside noisy ones; then with a new prompt for the last block."""
+    z, texts, t, read = torch.randn(2, 16, F, 4, 4), torch.randn(2, 2, 512, 32), 0.8, wn.read_block
+    def roll(window=window, sink=sink, turn=F):
+        a, b = (dict(text=text) for text in texts)
+        conds = [a] * (turn // n) + [b] * (F // n)
+        return torch.cat([x for x, _ in wn.stream(wn.net(), z.split(n, 2), conds, [t], window, sink)], 2)
+    def reads(s): return {*range(min(sink, s)), *range(max(min(sink, s), s - (window - sink - n)), s)}
+    def off(**kw): return (roll(**kw) - want).abs().max()
+    own = [({*range(f // n * n, f // n * n + n)}, reads(f // n * n)) for f in range(F)]
+    sees, both = [a | b for a, b in own] + [{F + f for f in a} | b for a, b in own], torch.cat([x := roll(), z], 2)
+    want = masked_pass(wn.net(False), both, [*range(F)] * 2, [0.0] * F + [t] * F, sees, texts[0])[:, :, F:]
+    assert off() < 1e-5 and (sink == 0 or off(window=window - sink, sink=0) > 1e-3)  # a lost sink
+    for wrong in (dict(start=0), dict(t=torch.full((2,), t)), dict(past=[])):  # positions, a cache of noisy x, no cache
+        names = ("net", "x_t", "t", "c", "start", "past", "fresh")
+        wn.wan.read_block = lambda *a, **kw: read(**dict(zip(names, a, strict=False)) | kw | wrong)  # noqa: B023
+        assert (off(), setattr(wn.wan, "read_block", read))[0] > 1e-3, wrong
+    turn, k = F - n, min(sink, F - n)  # what the cache holds is read again: the sink, then the others, in blocks
+    y, kept = roll(turn=turn), sorted(reads(turn - n) | {*range(turn - n, turn)})
+    part = [(i >= k, (i if i < k else i - k) // n) for i in range(len(kept))]
+    sees = [{j for j in range(len(kept)) if part[j] <= part[i]} for i in range(len(kept))] + [
+        {kept.index(g) for g in reads(turn)} | {*range(len(kept), len(kept) + n)}] * n
+    both, level = torch.cat([x[:, :, kept], z[:, :, turn:]], 2), [0.0] * len(kept) + [t] * n
+    want = masked_pass(wn.net(False), both, [*kept, *range(turn, F)], level, sees, texts[1])[:, :, len(kept) :]
+    assert y[:, :, :turn].equal(x[:, :, :turn]) and (y[:, :, turn:] - want).abs().max() < 1e-5
+def test_gradients_of_a_stream_and_its_constant_memory(wn, monkeypatch):
+    """A layer that is computed again sees the cache that it saw, and compiles whole; only exits carry gradient."""
+    args = argparse.Namespace(mode="streaming", frames=15, block=3, window=9, sink=3, size=[32, 32], student_steps=4)
+    c, grads, graphs = dict(text=torch.randn(1, 512, 32)), [], []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    for checkpointing, compiled in ((False, False), (True, False), (True, True)):
+        net = wn.net().requires_grad_()
+        if checkpointing: net.enable_gradient_checkpointing()
+        for block in net.blocks if compiled else (): block.forward = torch.compile(
+            block.forward, fullgraph=True, dynamic=False, backend=lambda gm, _: (graphs.append(gm), gm.forward)[1])
+        x, levels = torch.manual_seed(3) and zip(*wn.rollout(args, net, [c], u=0.6), strict=True)
+        torch.cat(x, 2).sin().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert {*levels} == {5 * 0.5 / 3} and grads[0].abs().max() > 1 and len(graphs) < 30  # kinds of cache x modes
+    for other in grads[1:]: assert_close(other, grads[0], rtol=1e-6, atol=1e-6)
+    z, streams = torch.randn(1, 16, 27, 4, 4, requires_grad=True), lambda z: wn.stream(
+        wn.net(), z.split(3, 2), [c] * 9, [1.0], 9, 3)
+    g, = torch.autograd.grad([x for x, _ in streams(z)][1].sum(), z)
+    assert g[:, :, 3:6].any() and not g[:, :, :3].any()
+    def held():  # bytes of all tensors alive
+        alive = [v.untyped_storage() for v in gc.get_objects() if type(v) is torch.Tensor]
+        return sum({v.data_ptr(): v.nbytes() for v in alive}.values())
+    with torch.no_grad(): bytes_ = [held() for _ in streams(z.detach())]
+    assert bytes_[0] < bytes_[1] < bytes_[2] and len({*bytes_[4:]}) == 1
+@pytest.mark.parametrize("columns", [1, 3])
+def test_videoalign_is_its_definition(wn, tmp_path, columns):
+    """Its authors' steps and files on a tiny Qwen2-VL, peft's LoRA beside the weights: a column of output and the keys
+    of old transformers, or three and today's. VQ and MQ do not see the prompt."""
+    import transformers as T
+    from peft import LoraConfig, inject_adapter_in_model
+    from torchvision.transforms import functional as V
+    (net, processor), marks, root = wn.random_qwen(True), wn.MARKS, tmp_path / "reward/checkpoint-11352"
+    whole = T.Qwen2VLForConditionalGeneration(net.config)
+    whole.save_pretrained("base"), processor.save_pretrained("base"), root.mkdir(parents=True)
+    words, z = "Rate.\n{}\n{} - {{text_prompt}}\n{}\n".format(*marks), dict(VQ=(1.0, 2.0), MQ=(0.5, 4.0), TA=(0.0, 0.5))
+    (root.parent / "prompt_template.py").write_text(f"A = 1\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = {words!r}\n1 / 0")
+    (root.parent / "model_config.json").write_text(json.dumps(dict(
+        model_config=dict(model_name_or_path="base"), data_config=dict(fps=2.0, max_frame_pixels=200_704),
+        peft_lora_config=dict(lora_r=2, lora_alpha=6), inference_config={
+            f"{k}_{of}": v[i] for k, v in z.items() for i, of in enumerate(("mean", "std"))})))
+    processor.tokenizer.add_special_tokens(dict(additional_special_tokens=marks))
+    whole.resize_token_embeddings(len(processor.tokenizer))
+    net = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]), whole.model)
+    for p in net.eval().parameters(): p.data.normal_(0, 0.2)
+    names = {k: k.replace("language_model.", "model.") if columns == 1 else f"model.{k}" for k in net.state_dict()}
+    head = {f"base_model.model.{k}_head.weight": torch.randn(columns, 32) for k in ("lm", "rm")}
+    torch.save(head | {f"base_model.model.{names[k]}": v for k, v in net.state_dict().items()}, root / "model.pth")
+    def by_hand(prompt):  # two frames a second, of 81 at 16 a second
+        see = V.resize(frames[[0, 9, 18, 27, 36, 44, 53, 62, 71, 80]], [252, 420], V.InterpolationMode.BICUBIC)
+        content = [dict(type="video"), dict(type="text", text=words.format(text_prompt=prompt))]
+        text = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True)
+        c = processor(text=[text], videos=[see], do_resize=False, do_sample_frames=False, return_tensors="pt")
+        ids, h = c["input_ids"], net.get_input_embeddings()(c["input_ids"])
+        h[ids == net.config.video_token_id] = net.visual(c["pixel_values_videos"], c["video_grid_thw"]).pooler_output
+        places = torch.arange(ids.shape[1]).expand(3, 1, -1)  # what transformers 4.45 takes where it is given none
+        h = net.language_model(inputs_embeds=h, position_ids=places).last_hidden_state[0]
+        logits = [h[ids[0] == processor.tokenizer.convert_tokens_to_ids(k)][0] @ [*head.values()][1].T for k in marks]
+        return torch.stack([(logits[i][i % columns] - m) / s for i, (m, s) in enumerate(z.values())])
+    frames, args = torch.randint(256, (81, 3, 240, 416)).byte(), wn.parse(["--videoalign", str(root.parent)])
+    with torch.no_grad(): a, b, rate = by_hand("a fox"), by_hand("an owl"), wn.load_videoalign(args, CPU)
+    for prompt, want in (("a fox", a), ("an owl", b)): assert_close(rate(frames, prompt), want, rtol=1e-3, atol=1e-4)
+    assert a[:2].equal(b[:2]) and a[2] != b[2]
+    assert wn.watch(frames.new_zeros(81, 3, 480, 832)).shape == (10, 3, 336, 588)
+    assert [len(wn.watch(frames[:k, :, :40, :40])) for k in (2, 3, 5, 33)] == [2, 2, 4, 4]
+def test_wan_starts_from_every_kind_of_file(wn, tmp_path):
+    """Self-Forcing's .pt by Wan's keys, each used, none left; a transformer's folder; a LoRA and what it stands on."""
+    w, state = (base := wn.net(False)).state_dict(), {}
+    pairs = ("attn1 self_attn attn2 cross_attn .to_out.0 .o .to_ . norm2 norm3 net.0.proj 0 net.2 2 embedder.linear_1 "
+             "embedding.0 embedder.linear_2 embedding.2 time_proj time_projection.1 proj_out head.head "
+             "scale_shift_table modulation")
+    for k in w:
+        name = re.sub("^scale_shift_table", "head.modulation", k.replace("condition_embedder.", ""))
+        for a, b in zip(*[iter(pairs.split())] * 2, strict=True): name = name.replace(a, b)
+        state[f"model.{name}"] = w[k]
+    torch.save(dict(generator=state), "ode_init.pt"), base.save_pretrained("folder"), (tmp_path / "none").mkdir()
+    for path in ("ode_init.pt", "folder"):
+        other = wn.load_transformer("tiny", CPU, torch.float)
+        assert wn.adopt(other, tmp_path / path) is None and all(v.equal(w[k]) for k, v in other.state_dict().items())
+    torch.save(state | {"model.odd": w["proj_out.bias"]}, "odd.pt")
+    torch.save({k: v for k, v in state.items() if "head" not in k}, "less.pt")
+    for path in ("odd.pt", "less.pt", "none"):
+        with pytest.raises(ValueError, match="is no student of --model"): wn.adopt(other, tmp_path / path)
+    flags = "--dry-run tiny --init ode_init.pt --lora-rank 2 --lr .1 --steps 1 --fake-steps 1 --method magic --out lora"
+    nets = wn.prepare(args := wn.parse(flags.split()), CPU).nets
+    real, *others = ({id(p) for p in nets[k].parameters()} for k in ("real", "student", "fake", "blended"))
+    assert [len(real & each) / len(real) for each in others] == [0, 1, 1]
+    wn.main(args), wn.adopt(other, tmp_path / "lora")
+    apart = {k.split(".", 2)[2] for k, v in other.state_dict().items() if not v.equal(w[k])}
+    assert apart == {f"{k}.weight" for t in wn.TARGETS for k in ([f"attn1.{t}", f"attn2.{t}"] if "to_" in t else [t])}
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_wan_survives_kill_9_and_writes_videos(wn, tmp_path, ranks):
+    """Alone image to video, all at once, whose student draws in diffusers what it draws here; on two ranks a stream of
+    text, sharded, whose videos may be longer."""
     import diffusers as D
-    p, flags = sd.random_pipeline(False), "--dry-run tiny --model sd15 --steps 3 --lora-rank 2 --method magic --out run"
-    config = dict(p.unet.config) | dict(addition_embed_type=None, cross_attention_dim=32)
-    pipe = D.StableDiffusionPipeline(p.vae, p.text_encoder, p.tokenizer, D.UNet2DConditionModel.from_config(config),
-                                     p.scheduler, None, None, requires_safety_checker=False)
-    pipe.save_pretrained("sd15"), p.save_pretrained("sdxl"), (tmp_path / "one.txt").write_text("one prompt")
-    full = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
-    go = lambda: sd.main(sd.parse([*flags.split(), "--resume"]))
-    for size, what in ((20_000, "unfinished_2"), (-1, None), (5000, "student.unfinished"), (-1, 1)):  # checkpoint, LoRA
-        full(size)
-        try: go(), go()  # the second time there is nothing left to do
-        except OSError as error: assert re.search(f"{what}.*make room", str(error))
-        else: assert size == -1 and (what or shutil.rmtree("run/student") is None)
-        finally: full(-1)
-    encode, null = sd.conditions(sd.args(""), pipe, lambda texts: torch.zeros(len(texts), 1), CPU)
-    c, none = (encode(["a", "b", ""], torch.tensor(i)) for i in ([0, 1], [2, 2]))
-    assert null(c)["text"].equal(none["text"]) and "pooled" not in c and not c["text"][0].equal(c["text"][1])
-    sample = "sample --dry-run tiny --init run --out x --prompts one.txt --model".split()
-    with pytest.raises(ValueError, match="is no student of --model"): sd.main(sd.parse([*sample, "sdxl"]))
-    assert sd.main(sd.parse([*sample, "sd15"])) is None and (tmp_path / "x/images/000000.png").exists()
+    import transformers as T
+    pictures(tmp_path / "i"), (tmp_path / "rows.json").write_text('[{"prompt_en": "fox", "image_name": "i/0.png"}]')
+    (tmp_path / "rows.csv").write_text('prompt,prompt_shorter\n"A long, ""red"" fox",fox\nAn owl,owl\nOne more,owl\n')
+    pipe, net, read = wn.random_pipeline(True), wn.net(False), lambda path: [*__import__("imageio").v3.imiter(path)]
+    if ranks == 1:
+        net = D.WanTransformer3DModel(**wn.SIZES["tiny"], in_channels=36, image_dim=16, added_kv_proj_dim=24)
+        eye = T.CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        pipe = D.WanImageToVideoPipeline(**pipe.components | dict(
+            image_processor=T.CLIPImageProcessor(), image_encoder=T.CLIPVisionModel(eye), transformer_2=None))
+    pipe.register_modules(transformer=net), pipe.save_pretrained("model")
+    kind = ("bidirectional --method ddmd --reward mq", "streaming")[ranks - 1]
+    flags = (f"--dry-run tiny --model {tmp_path}/model --log-every 1 --steps 3 --save-every 1 --fake-steps 1 --lr 1e-2 "
+             f"--mode {kind} --prompts {tmp_path}/{('rows.json', 'rows.csv')[ranks - 1]}")
+    survive(tmp_path, "wan", flags, ranks)
+    assert [len(read(p)) for p in (tmp_path / "whole/samples/step_3").iterdir()] == [33] * ranks
+    more = f"sample {flags} --init whole --layout vbench --out v --resume --frames {6 * ranks + 3}".split()
+    rows = (wn.main(wn.parse(more)), [*csv.DictReader((tmp_path / "v/videos.csv").open())])[1]
+    assert {p.name for p in (tmp_path / "v/videos").iterdir()} == {row["path"][7:] for row in rows}
+    assert [*rows[4].values()] == ["videos/fox-4.mp4", ("fox", 'A long, "red" fox')[ranks - 1]]
+    film = read(path := tmp_path / "v" / rows[-1]["path"])
+    path.unlink(), wn.main(wn.parse(more))
+    assert len(film) == 24 * ranks + 9 and all((a == b).all() for a, b in zip(film, read(path), strict=True))
+    if ranks == 2: return
+    lines = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1].replace("runs/wan", "whole")
+    scope = dict(pipe=D.DiffusionPipeline.from_pretrained("model"))
+    lines = lines.replace(', dtype=torch.bfloat16).to("cuda")', ")").splitlines()
+    exec("\n".join(line for line in lines if re.match("import|pipe.(sch|tra)", line)), scope)
+    given = dict(height=32, width=32, num_frames=33, num_inference_steps=4, guidance_scale=1, output_type="latent")
+    x = torch.manual_seed(5) and scope["pipe"](picture("i/0.png").convert("RGB"), "fox", **given).frames
+    run = wn.prepare(wn.parse(flags.split()), CPU)
+    wn.adopt(run.nets["student"], tmp_path / "whole")
+    with torch.no_grad(): y, _ = torch.manual_seed(5) and run.generate(run.encode(run.rows))
+    vae, many = run.pipe.vae, torch.cat([*wn.frames_of(run.pipe.vae, y.split(4, 2))], 2)
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    assert_close(x, y, rtol=0, atol=1e-4)
+    assert ((vae.decode(y * std + mean).sample + 1) * 127.5 - many).abs().max() < 0.51
 for name, f in list(globals().items()):
-    if name.startswith("test_") and not hasattr(f, "slow"): globals()[name] = pytest.mark.fast(f)
+    if name.startswith("test_") and f.__code__.co_firstlineno < PROCESSES: globals()[name] = pytest.mark.fast(f)
 if __name__ == "__main__":
     span(sys.argv[1])
     sys.stdout.flush(), os._exit(0)  # all is written; gloo's threads now and then abort the interpreter's teardown

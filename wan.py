@@ -1,7 +1,7 @@
 """AMD on Wan2.1, text or image to video in four steps, streaming or whole: the paper's Tables 5, 6, 10, 11 and Fig. 15.
     torchrun --nproc-per-node 8 wan.py                   # a causal, streaming student: LongLive's stage 1 (A.4)
-    torchrun --nproc-per-node 8 wan.py --mode bidirectional --model I2V-14B-480P --prompts rows.jsonl   # Tables 10, 11
-    python wan.py --teacher T2V-1.3B --offload-text --adam8bit                                          # on one GPU
+    torchrun --nproc-per-node 8 wan.py --mode bidirectional --lora-rank 64 --model I2V-14B-480P --prompts rows.jsonl
+    python wan.py --teacher T2V-1.3B --offload-text --adam8bit      # on one GPU; the line above: Tables 10, 11
     torchrun --nproc-per-node 8 wan.py sample --init runs/wan --layout vbench --prompts vbench.csv --out runs/vbench
     python wan.py score --samples runs/vbench            # VideoAlign's VQ, MQ, TA and their sum, x 100
     python wan.py --dry-run full                         # memory and speed on this GPU, with random weights
@@ -73,9 +73,8 @@ def parse(argv=None):
     given = dict(mode=mode, out=Path("runs", name), seeds=5 - 4 * (args.layout == "flat")) | SHARED | PRESETS[mode]
     given |= DRY.get(args.dry_run, {}) | {k: own[k] for k in own if k in OWN}
     given |= {k: v for k, v in vars(args).items() if v is not None and v is not False}
-    for k, name in dict(model=given["model"], teacher=given.get("teacher") or given["model"]).items():
-        full = name[4:] if args.dry_run == "full" else HUB.format(name)
-        given[k] = full if re.match("[TI]2V-", name) else name
+    for k, of in dict(model=given["model"], teacher=given.get("teacher") or given["model"]).items():
+        given[k] = of if not re.match("[TI]2V-", of) else HUB.format(of) if args.dry_run != "full" else of.split("-")[1]
     rest = dict(fake_lr=given["lr"], accum=-(-given["batch"] // int(os.environ.get("WORLD_SIZE", 1))))
     return argparse.Namespace(**vars(args) | rest | given)
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
@@ -105,17 +104,17 @@ def load_pipeline(args, device, rows):
         if "WanTransformer3DModel" not in index.get("transformer", ()) or any(index.get("transformer_2", ())):
             raise ValueError(f"{args.model} is no Wan2.1, of one transformer: give one of diffusers, a whole folder")
         pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, transformer=None, dtype=half(device))
-    if (i2v := hasattr(pipe, "encode_image")) != all(row["image"] for row in rows) or i2v and args.mode == "streaming":
+    if {i2v := hasattr(pipe, "encode_image")} != {bool(row["image"]) for row in rows} or i2v > (args.mode[0] == "b"):
         raise ValueError(f"{args.model}: an I2V model is for bidirectional and prompts with images, T2V for others")
     for net in pipe.components.values():
         if isinstance(net, nn.Module): net.to(device, half(device)).eval().requires_grad_(False)
     return pipe.vae.float() and pipe
-def load_transformer(name, device, place=None):
+def load_transformer(name, place, dtype):
     """WanTransformer3DModel of a pipeline on the hub or in a folder, or of SIZES at random; frozen, at place."""
-    kind, place = lib("diffusers").WanTransformer3DModel, place or device
+    kind = lib("diffusers").WanTransformer3DModel
     if name in SIZES: net = drawn(lambda: kind(**SIZES[name]), place)
-    else: net = kind.from_pretrained(name, subfolder="transformer", dtype=half(device)).to(place)
-    for p in net.parameters(): p.data = p.data.to(half(device))  # alike, for FSDP2; but not the buffers, rope's angles
+    else: net = kind.from_pretrained(name, subfolder="transformer", dtype=dtype).to(place)
+    for p in net.parameters(): p.data = p.data.to(dtype)  # alike, for FSDP2; but not the buffers, rope's angles
     return net.eval().requires_grad_(False)
 def half(device): return torch.bfloat16 if device.type == "cuda" else torch.float32
 def bf16(x): return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
@@ -156,13 +155,11 @@ def frames_of(vae, blocks):
 def write_mp4(path, frames):  # of frames_of, of one video; whole or not at all
     path.parent.mkdir(parents=True, exist_ok=True)
     with lib("imageio").get_writer(new := path.with_name(f"_{path.name}"), fps=FPS, quality=8) as file:
-        for image in (image for part in frames for image in part[0].permute(1, 2, 3, 0).cpu().numpy()):
-            file.append_data(image)
+        for part in frames: [file.append_data(image) for image in part[0].permute(1, 2, 3, 0).cpu().numpy()]
     new.rename(path)
 # ---------------------------------------------------------------------------------------------------- streaming student
 # Diffusers' own transformer becomes causal by three hooks: its rope starts at the block's first frame, self-attention
-# reads cached frames beside the block's own, and both travel as rotary_emb, an argument of every layer. So only the
-# caller remembers: a checkpointed layer that is computed again sees what it saw.
+# reads cached frames, too, and both travel as rotary_emb, an argument of each layer, recomputed ones included.
 class Angles(nn.Module):  # in place of net.rope; call: the block's first frame, cached frames, where to leave new ones
     def forward(self, x):
         (start, past, fresh), n = self.call, self.rope.t_dim
@@ -312,15 +309,15 @@ def read_prompts(path):
     """Rows {prompt, name, image} of text, jsonl, json or csv; ours if path is None. ValueError: none, not UTF-8, too
     long. A list of prompts changes in mid-stream. The name: the official, short form of a prompt, for benchmarks."""
     if not path: return [dict(prompt=prompt, name=prompt, image=None) for prompt in OURS]
-    kind, lines = path.suffix, lambda file: (line.strip() for line in file if line.strip())
-    parse = {".csv": csv.DictReader, ".json": json.load, ".jsonl": lambda file: map(json.loads, lines(file))}
+    each = lambda f: (line.strip() for line in f if line.strip())
+    how = dict(csv=csv.DictReader, json=lambda f: list.__iter__(json.load(f)), jsonl=lambda f: map(json.loads, each(f)))
     try:
-        with path.open(encoding="utf-8", newline="") as file: rows = [*parse.get(kind, lines)(file)]
-    except ValueError as error: raise ValueError(f"{path} is not UTF-8 or no {kind} ({error}): mend") from None
+        with path.open(encoding="utf-8", newline="") as file: rows = [*how.get(path.suffix[1:], each)(file)]
+    except (ValueError, TypeError) as e: raise ValueError(f"{path} is not UTF-8 or no list: {e}") from None
     rows = [dict(row) if isinstance(row, dict) else dict(prompt=row) for row in rows or [""]]
     for i, row in enumerate(rows):
         prompt, image = row.get("prompt", row.get("prompt_en")), row.get("image", row.get("image_name"))
-        row |= dict(prompt=prompt, name=row.get("prompt_shorter", prompt), image=image and str(path.parent / image))
+        row |= dict(prompt=prompt, name=row.get("prompt_shorter", prompt), image=image and f"{path.parent}/{image}")
         if not (listed(row) and all(isinstance(text, str) and 0 < len(text) <= 5000 for text in listed(row))):
             raise ValueError(f"{path}, prompt {i + 1}: give 1 to 5,000 characters (T5 reads 512 tokens)")
     return rows
@@ -329,23 +326,24 @@ TARGETS = "to_q to_k to_v to_out.0 ffn.net.0.proj ffn.net.2".split()  # of a LoR
 def progress(*given, **kw): return tqdm(*given, leave=False, disable=amd.ranks()[0] > 0 or None, **kw)
 def share(net): return copy.deepcopy(net, {id(v): v for v in [*net.parameters(), *net.buffers()]})  # the same tensors
 def compiled(net):  # layer by layer; what `own_layer` picks is outside, else each layer were a program of its own
+    torch._dynamo.config.recompile_limit = 64  # cached frames, batches, with and without graph, with and without LoRA
     for block in net.blocks: block.forward = torch.compile(block.forward, dynamic=False)
-def adopt(net, path):
+def adopt(net, path, fuse=True):
     """Give net the student in path: a run, a transformer's folder of diffusers, a LoRA, or a file with the keys of
-    Self-Forcing or Wan. ValueError: it is none, or of another model."""
+    Self-Forcing or Wan. fuse: a LoRA into its weights, which bf16 would round. ValueError: none, another model."""
     path = path / "student" if (path / "student").exists() else path
     try:
         if path.is_file():
             state = read_file(path)
             for key in ("generator_ema", "generator", "model"): state = state.get(key, state)
-            state = {re.sub(r"^(model\.|_fsdp_wrapped_module\.)+", "", k): v for k, v in state.items()}
+            state = {k.replace("_fsdp_wrapped_module.", "").removeprefix("model."): v for k, v in state.items()}
             net.load_state_dict(lib("diffusers.loaders.single_file_utils").convert_wan_transformer_to_diffusers(state))
         elif (path / "config.json").exists():
             net.load_state_dict(lib("diffusers").WanTransformer3DModel.from_pretrained(path).state_dict())
         else:
             if (path.parent / "config.json").exists() and (own := config(path.parent)["init"]): adopt(net, Path(own))
             net.load_lora_adapter(path, use_safetensors=True), adapters(net).popitem()
-            net.fuse_lora(), net.unload_lora()
+            if fuse: net.fuse_lora(), net.unload_lora()
     except Exception as error: raise ValueError(f"{path} is no student of --model: take one ({error!s:.99})") from None
 def adapters(net): return {name: m for name, m in net.named_modules() if hasattr(m, "set_scale")}  # of peft
 def networks(args, device):
@@ -355,25 +353,23 @@ def networks(args, device):
     load = lambda name: SIZES[name] if name in SIZES else kind.load_config(name, subfolder="transformer")
     ours, theirs = ([load(name).get(k, usual) for k, usual in keys.items()] for name in (args.model, args.teacher))
     if ours != theirs: raise ValueError(f"--teacher: {', '.join(keys)} are {theirs}, not {ours}: take one of its width")
-    place = torch.device("cpu") if amd.ranks()[1] > 1 else device  # sharded layer by layer, from there
-    base, _ = load_transformer(args.model, device, place), torch.manual_seed(0)  # adapters begin alike on all ranks
+    place, whole = torch.device("cpu") if amd.ranks()[1] > 1 else device, half(device) if rank else torch.float32
+    base, _ = load_transformer(args.model, place, whole), torch.manual_seed(0)  # adapters begin alike on all ranks
+    def put(name, net):  # one after the other is sharded, layer by layer
+        own = not rank or name == "real" and net is not base
+        for p in net.parameters() if own and name in ("real", "blended") else (): p.data = p.data.to(half(device))
+        nets[name] = (amd.shard(net, net.blocks, half(device)) if own else net).to(device)
+        for p in net.parameters() if rank else (): p.data = p.data.float() if p.requires_grad else p.data
+        if args.compile and name != "blended": compiled(net)  # its LoRA's scale changes in each step
     for name in ("student", "fake"):
-        alone = name == "student" and args.init
-        net = nets[name] = share(base) if rank and not alone else copy.deepcopy(base)
+        net = copy.deepcopy(base) if (alone := name == "student" and args.init) or not rank else share(base)
         if alone: adopt(net, args.init)
         if name == "student" and args.mode == "streaming": make_causal(net)
         if args.checkpointing: net.enable_gradient_checkpointing()
         if rank: net.add_adapter(lib("peft").LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
-        else: net.requires_grad_()
-    if args.method == "magic": nets["blended"] = share(net) if rank else copy.deepcopy(base)
-    nets["real"] = base if args.teacher == args.model else load_transformer(args.teacher, device, place)
-    torch._dynamo.config.recompile_limit = 64  # cached frames, batches, with and without graph, with and without LoRA
-    for name, net in nets.items():
-        if not rank or net is nets["real"] is not base: amd.shard(net, net.blocks, half(device))
-        net.to(device)
-        if name in ("student", "fake") and not rank: net.float()
-        for p in net.parameters() if rank else (): p.data = p.data.float() if p.requires_grad else p.data
-        if args.compile and name != "blended": compiled(net)  # its LoRA's scale changes in each step
+        put(name, net if rank else net.requires_grad_())
+    if args.method == "magic": put("blended", share(net) if rank else copy.deepcopy(base))
+    put("real", base if args.teacher == args.model else load_transformer(args.teacher, place, half(device)))
     return nets
 def prepare(args, device):
     """-> a namespace of all names below: networks (nets, call), opts, ema, parts to save, train, generate, batch ..."""
@@ -388,7 +384,7 @@ def prepare(args, device):
         seen[:] = [*seen, scores][-args.accum * args.fake_steps :]
         return scores.sum(1) if args.reward == "overall" else scores[:, ["vq", "mq", "ta"].index(args.reward)]
     def generate(c, u=1.0):
-        x, exits = zip(*rollout(args, nets["student"], [c], u), strict=True)
+        x, exits = zip(*rollout(args, nets["student"], [c], vars(args).get("exit", u)), strict=True)
         return torch.cat(x, 2), exits[0]
     def adapt(r):
         if not args.lora_rank: amd.blend(nets["blended"], nets["real"], nets["fake"], r)
@@ -464,8 +460,8 @@ def listing(args):
 def sample(args, device):
     """mp4 files to OUT/videos; any number of processes share them, each has its seed. OUT/videos.csv is for `score`."""
     rows, (rank, world), streams = listing(args), amd.ranks(), args.mode == "streaming"
-    pipe, net = load_pipeline(args, device, rows), load_transformer(args.model, device)
-    _, out, net = adopt(net, args.init), begin(args), make_causal(net) if streams else net
+    pipe, net = load_pipeline(args, device, rows), load_transformer(args.model, device, half(device))
+    _, out, net = adopt(net, args.init, fuse=False), begin(args), make_causal(net) if streams else net
     (encode, _), _ = conditions(args, pipe, device), args.compile and compiled(net)
     table = [f'"{row["path"]}","{" ".join(listed(row)).replace(chr(34), chr(34) * 2)}"' for row in rows]
     if rank == 0: amd.write(out / "videos.csv", "\n".join(["path,prompt", *table]))
@@ -479,6 +475,7 @@ def score(args, device):
     rate = load_videoalign(args, device)
     for run in args.samples:
         with (run / "videos.csv").open(newline="", encoding="utf-8") as file: rows = [*csv.DictReader(file)]
+        if not rows: raise ValueError(f"{run}/videos.csv lists no video")
         read = lambda path: torch.stack([torch.as_tensor(image) for image in lib("imageio").get_reader(path)])
         r = torch.stack([rate(read(run / row["path"]).permute(0, 3, 1, 2).to(device), row["prompt"])
                          for row in progress(rows)]).double().cpu() * 100
@@ -486,6 +483,7 @@ def score(args, device):
             print(json.dumps(dict(samples=str(run), of=of, mean=v.mean().item(), error=v.std().item() / len(r) ** 0.5)))
 def speed(args, device):
     """Print what a rollout and an update take beside the bare passes they need, frames a second, the GPU's memory."""
+    args.exit = 1.0  # all rollouts take all steps
     run, k, n, cuts, off = prepare(args, device), args.accum, args.student_steps, args.mode[0] == "s", torch.no_grad()
     clock = lambda call: lib("torch.utils.benchmark").Timer("call()", globals=dict(call=call)).timeit(1).mean
     c, net, (real, fake) = run.batch(0, 0), run.nets["student"], map(run.call.get, ("real", "fake"))
@@ -497,12 +495,13 @@ def speed(args, device):
         for m in held: yield run.call["student"](x, t, c) if not cuts else read_block(
             net, x[:, :, :block], t, c, m, [[(kv, kv)] * len(net.blocks)] * m)
     sec = {name: clock(call) for name, call in dict(
-        forward=off(lambda: [*passes(held)]), clean=off(lambda: [*passes(held[:-1])]), adamw=run.opts[1].step,
+        forward=off(lambda: [*passes(held)]), clean=off(lambda: [*passes(held[:-1])]),
         graph=lambda: [y.square().mean().backward() for y in passes(held)], fake=off(lambda: fake(x, t, c)),
-        fake_graph=lambda: fake(x, t, c).square().mean().backward(), reward=lambda: run.reward(x, c),
-        real=off(lambda: real(torch.cat([x, x]), torch.cat([t, t]), c_two)), rollout=off(lambda: run.generate(c)),
-        video=off(lambda: [*frames_of(run.pipe.vae, (y for y, _ in rollout(args, net, [c])))])).items()}
-    one, three = (clock(partial(next, run.train(student=lambda c, u: run.generate(c), fake_steps=i))) for i in (1, 3))
+        fake_graph=lambda: fake(x, t, c).square().mean().backward(), adamw=run.opts[1].step,
+        real=off(lambda: real(torch.cat([x, x]), torch.cat([t, t]), c_two)), reward=lambda: run.reward(x, c),
+        rollout=off(lambda: run.generate(c)), video=off(lambda: [*frames_of(run.pipe.vae, (
+            y for y, _ in rollout(args, net, [c])))])).items()}
+    one, three = (clock(partial(next, run.train(fake_steps=i))) for i in (1, 3))
     fakes, two = dict(forward=n * k, clean=k, reward=k, fake_graph=k, adamw=1), 1 + (k > 1)  # rollouts
     both = fakes | dict(forward=(n * two - 1) * k, clean=two * k, graph=k, fake=k, real=k, adamw=2)
     for name, took, needs in (("rollout", sec["rollout"], dict(forward=n, clean=1)),
@@ -535,16 +534,17 @@ def main(args):
             (args.task == "score" and not args.samples, "give --samples, folders that sample wrote")):
         if wrong: raise ValueError(fix)
     amd.method(args.method, args.s, args.tau), trains and amd.group_advantage(torch.zeros(args.batch), args.group)
-    if args.task != "score" and not args.resume and (args.out / "config.json").exists():
-        if [*args.out.glob("*/*")]: begin(args)  # raises
-        (args.out / "config.json").unlink(missing_ok=True)  # of a run that came to nothing
+    if args.task != "score" and (file := args.out / "config.json").exists():
+        if '"git"' not in file.read_text(): raise ValueError(f"{file} is of no run: choose another --out")
+        if args.resume or [*args.out.glob("*/*")]: begin(args)  # raises, if it is of another run
+        else: file.unlink(missing_ok=True)  # of a run that came to nothing
     job = speed if args.dry_run == "full" and trains else dict(train=train, sample=sample, score=score)[args.task]
     job(args, amd.launch())
     if job in (train, sample) and amd.ranks()[0] == 0: print(f"see {args.out}")
 if __name__ == "__main__":
     try: main(parse())
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        fix = "; take --offload-text --adam8bit, --lora-rank 64, a smaller --teacher" * isinstance(error, RuntimeError)
+        fix = "; take --offload-text, --lora-rank 64 --adam8bit, a smaller --teacher" * isinstance(error, RuntimeError)
         print(f"wan.py: {' '.join(str(error).split()):.500}{fix}", file=sys.stderr)
         sys.exit(2)
     if amd.ranks()[1] > 1: sys.stdout.flush(), os._exit(0)  # gloo now and then aborts the interpreter's teardown
