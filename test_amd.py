@@ -766,8 +766,9 @@ def test_a_cached_stream_is_one_masked_pass(wn, n, F, window, sink):
 def test_gradients_of_a_stream_and_its_constant_memory(wn, monkeypatch):
     """A layer that is computed again sees the cache that it saw, and compiles whole; only exits carry gradient."""
     args = argparse.Namespace(mode="streaming", frames=15, block=3, window=9, sink=3, size=[32, 32], student_steps=4)
-    c, grads, graphs = dict(text=torch.randn(1, 512, 32)), [], []
+    c, grads, graphs, past, read = dict(text=torch.randn(1, 512, 32)), [], [], [], wn.read_block
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    monkeypatch.setattr(wn.wan, "read_block", lambda *a, **kw: (past.extend(kw.get("past", ())), read(*a, **kw))[1])
     for checkpointing, compiled in ((False, False), (True, False), (True, True)):
         net = wn.net().requires_grad_()
         if checkpointing: net.enable_gradient_checkpointing()
@@ -778,14 +779,12 @@ def test_gradients_of_a_stream_and_its_constant_memory(wn, monkeypatch):
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert {*levels} == {5 * 0.5 / 3} and grads[0].abs().max() > 1 and len(graphs) < 30  # kinds of cache x modes
     for other in grads[1:]: assert_close(other, grads[0], rtol=1e-6, atol=1e-6)
-    z, streams = torch.randn(1, 16, 27, 4, 4, requires_grad=True), lambda z: wn.stream(
-        wn.net(), z.split(3, 2), [c] * 9, [1.0], 9, 3)
-    g, = torch.autograd.grad([x for x, _ in streams(z)][1].sum(), z)
-    assert g[:, :, 3:6].any() and not g[:, :, :3].any()
+    assert past and not any(h.requires_grad for frame in past for layer in frame for h in layer)
     def held():  # bytes of all tensors alive
         alive = [v.untyped_storage() for v in gc.get_objects() if type(v) is torch.Tensor]
         return sum({v.data_ptr(): v.nbytes() for v in alive}.values())
-    with torch.no_grad(): bytes_ = [held() for _ in streams(z.detach())]
+    wn.wan.read_block, past, noise = read, None, torch.randn(1, 16, 27, 4, 4).split(3, 2)
+    with torch.no_grad(): bytes_ = [held() for _ in wn.stream(wn.net(), noise, [c] * 9, [1.0], 9, 3)]
     assert bytes_[0] < bytes_[1] < bytes_[2] and len({*bytes_[4:]}) == 1
 @pytest.mark.parametrize("columns", [1, 3])
 def test_videoalign_is_its_definition(wn, tmp_path, columns):
@@ -854,10 +853,8 @@ def test_wan_starts_from_every_kind_of_file(wn, tmp_path):
     assert apart == {f"{k}.weight" for t in wn.TARGETS for k in ([f"attn1.{t}", f"attn2.{t}"] if "to_" in t else [t])}
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_wan_survives_kill_9_and_writes_videos(wn, tmp_path, ranks):
-    """Alone image to video, all at once, whose student draws in diffusers what it draws here; on two ranks a stream of
-    text, sharded, whose videos may be longer."""
-    import diffusers as D
-    import transformers as T
+    """Alone image to video, which diffusers draws as we do; on two ranks a stream of text, sharded, drawn longer."""
+    D, T = __import__("diffusers"), __import__("transformers")
     pictures(tmp_path / "i"), (tmp_path / "rows.json").write_text('[{"prompt_en": "fox", "image_name": "i/0.png"}]')
     (tmp_path / "rows.csv").write_text('prompt,prompt_shorter\n"A long, ""red"" fox",fox\nAn owl,owl\nOne more,owl\n')
     pipe, net, read = wn.random_pipeline(True), wn.net(False), lambda path: [*__import__("imageio").v3.imiter(path)]
@@ -872,11 +869,14 @@ def test_wan_survives_kill_9_and_writes_videos(wn, tmp_path, ranks):
              f"--mode {kind} --prompts {tmp_path}/{('rows.json', 'rows.csv')[ranks - 1]}")
     survive(tmp_path, "wan", flags, ranks)
     assert [len(read(p)) for p in (tmp_path / "whole/samples/step_3").iterdir()] == [33] * ranks
+    row = json.loads((tmp_path / "whole/log.jsonl").read_text().splitlines()[-1])
+    assert row["ca_norm"] > 1e-6 > abs(row["reward"] - (row["mq"] if ranks == 1 else row["vq"] + row["mq"] + row["ta"]))
     more = f"sample {flags} --init whole --layout vbench --out v --resume --frames {6 * ranks + 3}".split()
     rows = (wn.main(wn.parse(more)), [*csv.DictReader((tmp_path / "v/videos.csv").open())])[1]
     assert {p.name for p in (tmp_path / "v/videos").iterdir()} == {row["path"][7:] for row in rows}
     assert [*rows[4].values()] == ["videos/fox-4.mp4", ("fox", 'A long, "red" fox')[ranks - 1]]
     film = read(path := tmp_path / "v" / rows[-1]["path"])
+    assert (film[9] != read(tmp_path / "v" / rows[-2]["path"])[9]).any(), "each video has its own noise"
     path.unlink(), wn.main(wn.parse(more))
     assert len(film) == 24 * ranks + 9 and all((a == b).all() for a, b in zip(film, read(path), strict=True))
     if ranks == 2: return
@@ -887,12 +887,12 @@ def test_wan_survives_kill_9_and_writes_videos(wn, tmp_path, ranks):
     given = dict(height=32, width=32, num_frames=33, num_inference_steps=4, guidance_scale=1, output_type="latent")
     x = torch.manual_seed(5) and scope["pipe"](picture("i/0.png").convert("RGB"), "fox", **given).frames
     run = wn.prepare(wn.parse(flags.split()), CPU)
-    wn.adopt(run.nets["student"], tmp_path / "whole")
+    assert amd.load(tmp_path / "whole", **run.parts) == 3 and run.ema.swap() is None
     with torch.no_grad(): y, _ = torch.manual_seed(5) and run.generate(run.encode(run.rows))
     vae, many = run.pipe.vae, torch.cat([*wn.frames_of(run.pipe.vae, y.split(4, 2))], 2)
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    assert_close(x, y, rtol=0, atol=1e-4)
-    assert ((vae.decode(y * std + mean).sample + 1) * 127.5 - many).abs().max() < 0.51
+    film = (127.5 * vae.decode(y * std + mean).sample + 127.5).round().clamp(0, 255).byte()
+    assert_close(x, y, rtol=0, atol=1e-4), assert_close(many, film)
 for name, f in list(globals().items()):
     if name.startswith("test_") and f.__code__.co_firstlineno < PROCESSES: globals()[name] = pytest.mark.fast(f)
 if __name__ == "__main__":
