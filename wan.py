@@ -97,18 +97,18 @@ def random_pipeline(tiny):
                          D.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
 def load_pipeline(args, device, rows):
     """-> diffusers' pipeline of --model but for its transformer, frozen. ValueError: another kind, unfit for rows."""
-    diffusers = lib("diffusers")
+    diffusers, kinds = lib("diffusers"), dict(default=half(device), vae=torch.float)
     if args.model in SIZES: pipe = drawn(lambda: random_pipeline(args.model == "tiny"), device)
     else:
         index = diffusers.DiffusionPipeline.load_config(args.model)
         if "WanTransformer3DModel" not in index.get("transformer", ()) or any(index.get("transformer_2", ())):
             raise ValueError(f"{args.model} is no Wan2.1, of one transformer: give one of diffusers, a whole folder")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, transformer=None, dtype=half(device))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, transformer=None, dtype=kinds)
     if {i2v := hasattr(pipe, "encode_image")} != {bool(row["image"]) for row in rows} or i2v > (args.mode[0] == "b"):
         raise ValueError(f"{args.model}: an I2V model is for bidirectional and prompts with images, T2V for others")
-    for net in pipe.components.values():
-        if isinstance(net, nn.Module): net.to(device, half(device)).eval().requires_grad_(False)
-    return pipe.vae.float() and pipe
+    for name, net in pipe.components.items():
+        if isinstance(net, nn.Module): net.to(device, kinds.get(name, half(device))).eval().requires_grad_(False)
+    return pipe
 def load_transformer(name, place, dtype):
     """WanTransformer3DModel of a pipeline on the hub or in a folder, or of SIZES at random; frozen, at place."""
     kind = lib("diffusers").WanTransformer3DModel
