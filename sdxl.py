@@ -434,9 +434,10 @@ def main(args):
         if wrong: raise ValueError(fix)
     method = amd.method(args.method, args.s, args.tau, args.lam)
     if trains and (args.group > 1 or method.senses): amd.group_advantage(torch.zeros(args.batch), args.group)
-    if args.task != "score" and not args.resume and (args.out / "config.json").exists():
-        if [*args.out.glob("*/*")]: begin(args)  # raises
-        (args.out / "config.json").unlink(missing_ok=True)  # of a run that came to nothing
+    if args.task != "score" and (file := args.out / "config.json").exists():
+        if '"git"' not in file.read_text(): raise ValueError(f"{file} is of no run: choose another --out")
+        if args.resume or [*args.out.glob("*/*")]: begin(args)  # raises, if it is of another run
+        else: file.unlink(missing_ok=True)  # of a run that came to nothing
     job = speed if args.dry_run == "full" and trains else dict(train=train, sample=sample, score=score)[args.task]
     job(args, amd.launch())
     if job in (train, sample) and amd.ranks()[0] == 0: print(f"see {args.out}")
