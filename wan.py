@@ -50,7 +50,7 @@ def parse(argv=None):
     add("--mode", choices=PRESETS, help="a causal student (default), or the whole video at once")
     add("--dry-run", choices=["tiny", "full"], help="random weights: a test on a CPU, or speed and memory")
     add("--model", help="student and fake: T2V-1.3B (default), T2V-14B (bidirectional), I2V-14B-480P, any Wan2.1 "
-        f"of diffusers; {', '.join(SIZES)}: random weights"), path("--out", help="folder, default runs/wan")
+        f"of diffusers; {', '.join(SIZES)}: random weights"), path("--out", help="folder (runs/wan)")
     add("--teacher", help="the same (T2V-14B; bidirectional: --model)"), path("--videoalign", help="VideoReward")
     path("--init", help="the student's start, or what to sample: a run, a transformer's folder, a LoRA, ode_init.pt")
     path("--prompts", help="text (a prompt a line), jsonl, json or csv; default: ours"), count("--seed", default=0)
@@ -63,11 +63,13 @@ def parse(argv=None):
     number("--lr", help="(2e-6; bidirectional 5e-7)"), number("--fake-lr", help="(4e-7)"), number("--ema", default=0.99)
     count("--ema-from", help="(40)"), count("--lora-rank", help="0 = off"), count("--size", nargs=2, help="(480 832)")
     flag("--checkpointing", default=True, help="of activations"), flag("--compile", default=torch.cuda.is_available())
-    count("--frames", help="latent ones (21: 81 frames); sample: any number"), count("--block", help="of them (3)")
+    count("--frames", help="latent ones (21: 81 frames), up to 1,024"), count("--block", help="that divides them (3)")
     count("--window", help="latent frames that attention sees (12)"), count("--sink", help="first ones among them (3)")
     path("--samples", nargs="+", help="score: folders of sample"), add("--layout", choices=LAYOUTS, default="flat")
     on("--adam8bit"), on("--offload-text"), *map(count, ("--log-every", "--save-every", "--sample-every"))
     args = parser.parse_args(argv)
+    init = args.init and args.init.resolve()
+    args.init = init.parent if init and init.name == "student" and (init.parent / "config.json").exists() else init
     own = config(args.init) if args.task == "sample" and args.init and (args.init / "student").exists() else {}
     mode, name = args.mode or own.get("mode", "streaming"), "videos" if args.task == "sample" else args.dry_run or "wan"
     given = dict(mode=mode, out=Path("runs", name), seeds=5 - 4 * (args.layout == "flat")) | SHARED | PRESETS[mode]
@@ -189,7 +191,7 @@ def read_block(net, x_t, t, c, start, past, fresh=None):
     """x0_hat of a block (B, 16, n, h, w) at level t (B,), whose first frame is `start`. past: keys and values (B,
     tokens, heads, dim) of each cached frame and layer; fresh: a list for each layer, to leave its own."""
     net.rope.call = start, past, fresh
-    return denoiser(net)(x_t, t, c)
+    return (denoiser(net)(x_t, t, c), setattr(net.rope, "call", None))[0]  # the cache is the caller's to keep
 def stream(net, noises, conds, levels, window, sink, u=1.0):
     """A causal student's rollout (Self-Forcing, Alg. 1), block by block: noise (B, 16, n, h, w), its condition -> x of
     it, its exit's level. Each is made by amd.backward_simulation, whose exit alone carries gradient, and read again,
@@ -312,14 +314,14 @@ def read_prompts(path):
     each = lambda f: (line.strip() for line in f if line.strip())
     how = dict(csv=csv.DictReader, json=lambda f: list.__iter__(json.load(f)), jsonl=lambda f: map(json.loads, each(f)))
     try:
-        with path.open(encoding="utf-8", newline="") as file: rows = [*how.get(path.suffix[1:], each)(file)]
+        with path.open(encoding="utf-8-sig", newline="") as file: rows = [*how.get(path.suffix[1:], each)(file)]
     except (ValueError, TypeError) as e: raise ValueError(f"{path} is not UTF-8 or no list: {e}") from None
     rows = [dict(row) if isinstance(row, dict) else dict(prompt=row) for row in rows or [""]]
     for i, row in enumerate(rows):
         prompt, image = row.get("prompt", row.get("prompt_en")), row.get("image", row.get("image_name"))
         row |= dict(prompt=prompt, name=row.get("prompt_shorter", prompt), image=image and f"{path.parent}/{image}")
         if not (listed(row) and all(isinstance(text, str) and 0 < len(text) <= 5000 for text in listed(row))):
-            raise ValueError(f"{path}, prompt {i + 1}: give 1 to 5,000 characters (T5 reads 512 tokens)")
+            raise ValueError(f"{path}, row {i + 1}: give 1 to 5,000 characters as its prompt (T5 reads 512 tokens)")
     return rows
 # ---------------------------------------------------------------------------------------------- optimizers and sharding
 TARGETS = "to_q to_k to_v to_out.0 ffn.net.0.proj ffn.net.2".split()  # of a LoRA
@@ -406,13 +408,11 @@ def prepare(args, device):
     return argparse.Namespace(**locals())
 # ------------------------------------------------------------------------------------------------------------- training
 def config(run): return json.loads((run / "config.json").read_text())["config"]
-def begin(args):
-    """OUT with its config.json. A run may go on to other --steps, on other ranks."""
+def begin(args):  # OUT with its config.json; a run may go on to other --steps, on other ranks
     old = config(args.out) if (args.out / "config.json").exists() else vars(args)
     free = ["accum"] + ["steps"] * (not (args.out / "student").exists())
     return amd.open_run(args.out, vars(args) | dict(resume=None) | {k: old[k] for k in free}, args.resume)
-def train(args, device):
-    """--steps student updates; then OUT/student: a transformer's folder, or pytorch_lora_weights.safetensors."""
+def train(args, device):  # --steps student updates; then OUT/student: a transformer's folder, or a LoRA
     if (args.out / "student").exists(): return begin(args)  # done; or of another run, and it says so
     run, steps = prepare(args, device), args.steps
     start = amd.load(out := begin(args), **run.parts)
@@ -428,8 +428,7 @@ def train(args, device):
             saved = sorted(out.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]))
             for path in saved[:-2] if amd.ranks()[0] == 0 else (): shutil.rmtree(path)
     export(args, run)
-def export(args, run):
-    """OUT/student, of the average if there is one, whole or not at all. OSError: no room."""
+def export(args, run):  # OUT/student, of the average if there is one, whole or not at all; OSError: no room
     net, new, _ = run.nets["student"], args.out / "student.unfinished", run.ema and run.ema.swap()
     D, tools = lib("diffusers"), lib("torch.distributed.checkpoint.state_dict")
     state = lib("peft").get_peft_model_state_dict(net) if args.lora_rank else tools.get_model_state_dict(
@@ -442,14 +441,12 @@ def export(args, run):
     except Exception as error: raise OSError(f"{new} unwritable ({error!s:.99}): make room, then --resume") from None
     new.rename(args.out / "student")
 @torch.no_grad()
-def show(args, run, folder):
-    """A video a rank, always of the same prompts and seeds, by the student's average if there is one."""
+def show(args, run, folder):  # a video a rank, always of the same prompts and seeds, by the average if there is one
     run.ema and run.ema.swap(), torch.manual_seed(amd.key(args.seed, run.rank))
     x, _ = run.generate(run.encode([run.rows[run.rank % len(run.rows)]]))
     run.ema and run.ema.swap(), write_mp4(folder / f"{run.rank}.mp4", frames_of(run.pipe.vae, [x]))
 # ----------------------------------------------------------------------------------------------------- sample and score
-def listing(args):
-    """-> rows {path, prompt, ..} of what --layout wants, in order; each path once."""
+def listing(args):  # -> rows {path, prompt, ..} of what --layout wants, in order; each path once
     rows = [row | dict(path="videos/" + LAYOUTS[args.layout].format(i=i, k=k, name=row["name"]))
             for i, row in enumerate(read_prompts(args.prompts)) for k in range(args.seeds)]
     for row in rows:
@@ -476,11 +473,11 @@ def score(args, device):
     for run in args.samples:
         with (run / "videos.csv").open(newline="", encoding="utf-8") as file: rows = [*csv.DictReader(file)]
         if not rows: raise ValueError(f"{run}/videos.csv lists no video")
-        read = lambda path: torch.stack([torch.as_tensor(image) for image in lib("imageio").get_reader(path)])
-        r = torch.stack([rate(read(run / row["path"]).permute(0, 3, 1, 2).to(device), row["prompt"])
-                         for row in progress(rows)]).double().cpu() * 100
+        film = lambda path: torch.stack([torch.as_tensor(v).permute(2, 0, 1) for v in lib("imageio").get_reader(path)])
+        r = torch.stack([100 * rate(film(run / v["path"]).to(device), v["prompt"]) for v in progress(rows)]).double()
         for of, v in zip(("VQ", "MQ", "TA", "Total"), [*r.T, r.sum(1)], strict=True):
-            print(json.dumps(dict(samples=str(run), of=of, mean=v.mean().item(), error=v.std().item() / len(r) ** 0.5)))
+            error = v.std(correction=len(r) > 1).item() / len(r) ** 0.5
+            print(json.dumps(dict(samples=str(run), of=of, mean=v.mean().item(), error=error)))
 def speed(args, device):
     """Print what a rollout and an update take beside the bare passes they need, frames a second, the GPU's memory."""
     args.exit = 1.0  # all rollouts take all steps
@@ -531,7 +528,10 @@ def main(args):
             (trains and args.batch % (world * args.accum or 1), f"--batch: take a multiple of {world} ranks x --accum"),
             (trains and args.method == "magic" and args.teacher != args.model, "magic: give --teacher what --model is"),
             (args.task == "sample" and not args.init, "give --init: a run, a transformer's folder, a LoRA, a .pt"),
-            (args.task == "score" and not args.samples, "give --samples, folders that sample wrote")):
+            (args.task == "score" and (not args.samples or world > 1), "give --samples, of sample, to one process"),
+            (args.out.is_file(), f"--out {args.out} is a file: choose a folder"),
+            (args.task != "score" and args.dry_run != "tiny" and not torch.cuda.is_available(),
+             "no GPU is seen: on a CPU try --dry-run tiny")):
         if wrong: raise ValueError(fix)
     amd.method(args.method, args.s, args.tau), trains and amd.group_advantage(torch.zeros(args.batch), args.group)
     if args.task != "score" and (file := args.out / "config.json").exists():
