@@ -461,12 +461,12 @@ def test_readme_snippets_run_beside_a_copy_of_amd(tmp_path):
     subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, check=True)
     assert (tmp_path / "runs/mine/checkpoints/step_10").exists()
 def test_toy2d_makes_every_figure(tmp_path):
-    small = f"--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 2 --out {tmp_path}".split()
+    small = f"--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 1 --out {tmp_path}".split()
     subprocess.run([sys.executable, HERE / "toy2d.py", *small], check=True)
     for name in "shaping zone naive ablation tilt methods".split():
         told = json.loads((tmp_path / f"{name}.json").read_text())
         assert told.keys() >= {"figure", "seconds"} and (tmp_path / f"{name}.png").stat().st_size > 10_000
-        assert told["reward"] == dict(naive="corner", tilt="linear").get(name, "selective") and told["seed"] == [0, 1]
+        assert told["reward"] == dict(naive="corner", tilt="linear").get(name, "selective") and told["seed"] == [0]
     assert told["arms"].keys() == {f"{k}{exit}" for k in amd.METHODS for exit in ("", ", exit 1")}
 def test_toy2d_teacher_and_measures():
     import toy2d as lab  # needs matplotlib and tqdm, which the fast tests do without
@@ -481,7 +481,7 @@ def test_toy2d_teacher_and_measures():
     assert got["off"] < 0.002 > got["bad"] and got["modes"] == 5 and got["tv"] < 0.02 and got["sw2"] < 0.05
     assert 1e-4 < got["zone"] < 0.003 and away["off"] > 0.99 < away["zone"] and abs(away["sw2"] - 1) < 0.05  # of (1, 1)
 @pytest.mark.parametrize("script, flags, message", [
-    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--group 7", "divides"), ("toy2d", "--out file/x", "--out"),
+    ("toy2d", "--s 2", "choose s in"), ("toy2d", "--out file/x", "--out"),
     ("sit_imagenet", "--preset digits --lr -1", "choose lr"), ("sit_imagenet", "", "give --teacher, a file of SiT"),
     ("sit_imagenet", "--group 7", "divides the batch"), ("sit_imagenet", "--preset digits --method dmd", "no sample"),
     ("sit_imagenet", "--teacher file", "is no SiT XL/2 at 256 px"), ("sit_imagenet", "--accum 3", "take a multiple"),
@@ -503,7 +503,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, script, flags, message):
     (tmp_path / "long.txt").write_text("ok\n" + "x" * 10_000), (tmp_path / "torn/vae").mkdir(parents=True)
     (tmp_path / "torn/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline", "unet": ["a", "b"]}')
     (tmp_path / "thin/transformer").mkdir(parents=True), (tmp_path / "thin/transformer/config.json").write_text("{}")
-    if script == "toy2d" or flags in ("--w 1 2", "--lr 0"):
+    if script == "toy2d" or (script, flags) == ("wan", "--lr 0"):
         got = subprocess.run([sys.executable, HERE / f"{script}.py", *flags.split()], capture_output=True, text=True)
         assert got.returncode == 2 and message in got.stderr and got.stderr.count("\n") == 1, got.stderr
     else:
@@ -563,9 +563,9 @@ def survive(tmp_path, script, flags, ranks):
 def test_sit_survives_kill_9_and_samples(tmp_path):
     sit, load = __import__("sit_imagenet"), __import__("numpy").load
     flags, _ = "--dry-run tiny --save-every 2 --steps 6 --log-every 1 --chunk 4", torch.set_num_threads(1)
-    survive(tmp_path, "sit_imagenet", flags, 2)
+    survive(tmp_path, "sit_imagenet", flags, 1)
     a = torch.load(tmp_path / "whole/student/sit.pt")["ema"]
-    alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), CPU)  # reads what two ranks wrote
+    alone = sit.prepare(sit.parse(["--dry-run", "tiny"]), CPU)
     assert amd.load(tmp_path / "whole", **alone.parts) == 6 and all(v.equal(a[k]) for k, v in alone.ema.shadow.items())
     half = sit.prepare(sit.parse(["--dry-run", "tiny", "--accum", "2"]), CPU).batch(5, 1)
     assert (y := alone.batch(5, 0)).view(2, 8).unique(dim=1).shape == (2, 1) and half.equal(y[8:]) and y[0] != y[8]
@@ -582,13 +582,12 @@ def test_sit_survives_kill_9_and_samples(tmp_path):
     assert (sampled("--resume") == images).all()
 def test_sit_presets_run_every_arm(tmp_path):
     import sit_imagenet as sit
-    flags = f"--preset digits --steps 1 --base-steps 1 --seeds 1 --count 60 --sample-every 1 --w 1 1.5 --out {tmp_path}"
+    flags = f"--preset digits --steps 1 --base-steps 1 --seeds 1 --count 60 --sample-every 1 --w 1.5 --out {tmp_path}"
     args = sit.variant(sit.parse(flags.split()), fit=((3, 1e-3),) * 3)
     sit.main(args)
-    arms = {f"{k}, w = {w}" for k in sit.ARMS for w in (1, 1.5)}
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert rows.keys() == arms | {"real, held out", "teacher, w = 1", "teacher, w = 1.5"}
-    assert rows["AMD, w = 1"][0].keys() == {*"FD IS precision recall reward accuracy".split()}
+    assert rows.keys() == {*(f"{k}, w = 1.5" for k in (*sit.ARMS, "teacher")), "real, held out"}
+    assert rows["AMD, w = 1.5"][0].keys() == {*"FD IS precision recall reward accuracy".split()}
     assert min((tmp_path / name).stat().st_size for name in ("curves.png", "samples.png")) > 5000
     with pytest.raises(ValueError, match="another data"): sit.main(sit.variant(
         args, init=tmp_path, out=tmp_path / "other", arms=["AMD"], data=tmp_path))
@@ -693,10 +692,11 @@ def test_sdxl_survives_kill_9_and_loads_in_diffusers(sd, tmp_path, ranks):
     """From diffusers to diffusers: alone a LoRA, its average, 8-bit states; on two ranks whole sharded UNets."""
     sd.random_pipeline(False).save_pretrained("model")
     kind = "--lora-rank 4 --ema 0.5 --adam8bit --lr 1e-2" if ranks == 1 else "--lora-rank 0 --lr 1e-3"
-    survive(tmp_path, "sdxl", flags := f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps 3 "
-            f"--save-every 1 --fake-steps 1 {kind}", ranks)
+    flags = (f"--dry-run tiny --model {tmp_path}/model --no-compile --log-every 1 --steps {4 - ranks} --save-every 1 "
+             f"--fake-steps 1 {kind}")
+    survive(tmp_path, "sdxl", flags, ranks)
     run, texts = sd.prepare(sd.parse(f"{flags} --out whole --accum 1".split()), CPU), ["a red fox in deep snow"]
-    assert amd.load("whole", **run.parts) == 3 and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
+    assert amd.load("whole", **run.parts) == 4 - ranks and len([*(tmp_path / "whole/checkpoints").iterdir()]) == 2
     assert bool(run.ema) == (ranks == 1) and not (run.ema and run.ema.swap())
     lines = re.findall(r"```py\n(.*?)```", (HERE / "README.md").read_text(), re.S)[0]  # of which one loads a LoRA
     if ranks > 1: lines = lines.replace("pipe.load", "# pipe.load").replace("# pipe.unet", "pipe.unet")
