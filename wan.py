@@ -362,7 +362,6 @@ def networks(args, device):
         for p in net.parameters() if own and name in ("real", "blended") else (): p.data = p.data.to(half(device))
         nets[name] = (amd.shard(net, net.blocks, half(device)) if own else net).to(device)
         for p in net.parameters() if rank else (): p.data = p.data.float() if p.requires_grad else p.data
-        if args.compile and name != "blended": compiled(net)  # its LoRA's scale changes in each step
     for name in ("student", "fake"):
         net = copy.deepcopy(base) if (alone := name == "student" and args.init) or not rank else share(base)
         if alone: adopt(net, args.init)
@@ -372,6 +371,7 @@ def networks(args, device):
         put(name, net if rank else net.requires_grad_())
     if args.method == "magic": put("blended", share(net) if rank else copy.deepcopy(base))
     put("real", base if args.teacher == args.model else load_transformer(args.teacher, place, half(device)))
+    for k in nets.keys() - {"blended"} if args.compile else (): compiled(nets[k])  # not it: its LoRA's scale moves
     return nets
 def prepare(args, device):
     """-> a namespace of all names below: networks (nets, call), opts, ema, parts to save, train, generate, batch ..."""
