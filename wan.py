@@ -106,7 +106,7 @@ def load_pipeline(args, device, rows):
         if "WanTransformer3DModel" not in index.get("transformer", ()) or any(index.get("transformer_2", ())):
             raise ValueError(f"{args.model} is no Wan2.1, of one transformer: give one of diffusers, a whole folder")
         pipe = diffusers.DiffusionPipeline.from_pretrained(args.model, transformer=None, dtype=kinds)
-    if {i2v := hasattr(pipe, "encode_image")} != {bool(row["image"]) for row in rows} or i2v > (args.mode[0] == "b"):
+    if {i2v := hasattr(pipe, "encode_image")} != {bool(r["image"]) for r in rows} or i2v and args.mode == "streaming":
         raise ValueError(f"{args.model}: an I2V model is for bidirectional and prompts with images, T2V for others")
     for name, net in pipe.components.items():
         if isinstance(net, nn.Module): net.to(device, kinds.get(name, half(device))).eval().requires_grad_(False)
@@ -272,8 +272,8 @@ def load_videoalign(args, device):
                                              add_generation_prompt=True)
         see = watch(frames, data["fps"], data["max_frame_pixels"])
         c = processor(text=[text], videos=[see], do_resize=False, do_sample_frames=False, return_tensors="pt")
-        places = torch.arange(c["input_ids"].shape[1], device=device).expand(3, 1, -1)  # in a row, as in transformers
-        h = net(**c.to(device), position_ids=places).last_hidden_state[0]  # 4.45 VideoAlign is, not by time and place
+        places = torch.arange(c["input_ids"].shape[1], device=device).expand(3, 1, -1)  # in a row, not by M-RoPE: so
+        h = net(**c.to(device), position_ids=places).last_hidden_state[0]  # VideoAlign was trained (transformers 4.45)
         logits = (h[torch.isin(c["input_ids"][0], marks)] @ rows.T).float()  # of three rows each mark has its own
         return ((logits[:, 0] if len(rows) == 1 else logits.diagonal()) - mean) / std
     return rate
@@ -318,8 +318,8 @@ def read_prompts(path):
     except (ValueError, TypeError) as e: raise ValueError(f"{path} is not UTF-8 or no list: {e}") from None
     rows = [dict(row) if isinstance(row, dict) else dict(prompt=row) for row in rows or [""]]
     for i, row in enumerate(rows):
-        prompt, image = row.get("prompt", row.get("prompt_en")), row.get("image", row.get("image_name"))
-        row |= dict(prompt=prompt, name=row.get("prompt_shorter", prompt), image=image and f"{path.parent}/{image}")
+        prompt, at = row.get("prompt", row.get("prompt_en")), row.get("image", row.get("image_name"))
+        row |= dict(prompt=prompt, name=row.get("prompt_shorter", prompt), image=at and str(path.parent / str(at)))
         if not (listed(row) and all(isinstance(text, str) and 0 < len(text) <= 5000 for text in listed(row))):
             raise ValueError(f"{path}, row {i + 1}: give 1 to 5,000 characters as its prompt (T5 reads 512 tokens)")
     return rows
@@ -476,12 +476,12 @@ def score(args, device):
         film = lambda path: torch.stack([torch.as_tensor(v).permute(2, 0, 1) for v in lib("imageio").get_reader(path)])
         r = torch.stack([100 * rate(film(run / v["path"]).to(device), v["prompt"]) for v in progress(rows)]).double()
         for of, v in zip(("VQ", "MQ", "TA", "Total"), [*r.T, r.sum(1)], strict=True):
-            error = v.std(correction=len(r) > 1).item() / len(r) ** 0.5
+            error = v.std().item() / len(r) ** 0.5 if len(r) > 1 else None
             print(json.dumps(dict(samples=str(run), of=of, mean=v.mean().item(), error=error)))
 def speed(args, device):
     """Print what a rollout and an update take beside the bare passes they need, frames a second, the GPU's memory."""
-    args.exit = 1.0  # all rollouts take all steps
-    run, k, n, cuts, off = prepare(args, device), args.accum, args.student_steps, args.mode[0] == "s", torch.no_grad()
+    args.exit, cuts = 1.0, args.mode == "streaming"  # all rollouts take all steps
+    run, k, n, off = prepare(args, device), args.accum, args.student_steps, torch.no_grad()
     clock = lambda call: lib("torch.utils.benchmark").Timer("call()", globals=dict(call=call)).timeit(1).mean
     c, net, (real, fake) = run.batch(0, 0), run.nets["student"], map(run.call.get, ("real", "fake"))
     x, block, C = off(run.generate)(c)[0], args.block if cuts else args.frames, net.config
@@ -499,7 +499,7 @@ def speed(args, device):
         rollout=off(lambda: run.generate(c)), video=off(lambda: [*frames_of(run.pipe.vae, (
             y for y, _ in rollout(args, net, [c])))])).items()}
     one, three = (clock(partial(next, run.train(fake_steps=i))) for i in (1, 3))
-    fakes, two = dict(forward=n * k, clean=k, reward=k, fake_graph=k, adamw=1), 1 + (k > 1)  # rollouts
+    fakes, two = dict(forward=n * k, clean=k, reward=k, fake_graph=k, adamw=1), 1 + (k > 1)  # accum > 1 rolls out twice
     both = fakes | dict(forward=(n * two - 1) * k, clean=two * k, graph=k, fake=k, real=k, adamw=2)
     for name, took, needs in (("rollout", sec["rollout"], dict(forward=n, clean=1)),
                               ("fake update", (three - one) / 2, fakes), ("student and fake update", one, both)):
