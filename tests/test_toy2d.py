@@ -1,0 +1,212 @@
+"""toy2d.py: its exact teacher, its measures, its figures and its bad input.
+
+The teacher and the measures are held against the data, nine Gaussians. The figures are made as
+short as can be, and no test looks at what they show.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import amd
+import toy2d as lab
+from helpers import ROOT
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same numbers, whichever others run before it."""
+    torch.manual_seed(0)
+
+
+# -------------------------------------------------------------------------------------- the teacher
+@pytest.mark.parametrize(
+    "t, at, error",
+    [
+        (0.6, (0.3, -0.2), 0.02),  # all three modes of the row count
+        (0.1, (0.25, 0.15), 0.005),  # one mode does, and its width tells where in it
+    ],
+)
+def test_the_exact_teacher_is_the_mean_of_the_data_that_a_noise_level_allows(t, at, error):
+    """It is E[x0 | x_t, class], and its modes have the width of the data's.
+
+    The oracle is Bayes' rule over 400,000 samples of class 1, the middle row: each counts by the
+    density of the noise that would lead from it to x_t.
+    """
+    x_t = torch.tensor([at])
+    classes = torch.ones(400_000).long()
+    data = lab.real_samples(classes)
+    weight = (-(x_t - (1 - t) * data).square().sum(1) / (2 * t**2)).softmax(0)
+
+    x0 = lab.exact_teacher(x_t, torch.tensor([t]), (classes[:1],))
+
+    assert_close(
+        x0[0],
+        weight @ data,
+        rtol=0,
+        atol=error,
+    )
+
+
+def test_the_density_of_the_data_integrates_to_one():
+    """energy is -log p of all nine modes, with its constant.
+
+    The oracle is a sum over 401 x 401 points of the square [-4, 4]^2, outside which nothing lies.
+    """
+    density = (-lab.energy(lab.grid(401))).exp()
+
+    cell = (8 / 400) ** 2
+    assert_close(
+        density.sum() * cell,
+        torch.tensor(1.0),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+# ------------------------------------------------------------------------------------- the measures
+# The modes that the "selective" reward rates high, each as often as target_mass says: class by
+# class, the outer two, the middle one, the outer two.
+WANTED = [0, 2, 4, 4, 6, 8]
+
+
+def perfect_samples():
+    """9,000 samples of what a student of the "selective" reward should draw."""
+    modes = WANTED * 1500
+    return lab.MODES[modes] + lab.STD * torch.randn(len(modes), 2)
+
+
+def test_the_target_shares_each_class_among_its_rewarded_modes():
+    """A class, a row of the grid, is drawn a third of the time.
+
+    The reward wants the outer two modes of the first and the last row, and of the middle row only
+    the middle one.
+    """
+    mass = lab.target_mass("selective").view(3, 3)
+
+    sixths = torch.tensor([[1, 0, 1], [0, 2, 0], [1, 0, 1]])
+    assert_close(mass, sixths / 6)
+
+
+def test_a_sample_belongs_to_a_mode_within_four_std():
+    """A sample of the data lies farther out 3 times in 10,000.
+
+    One that does still has a nearest mode.
+    """
+    way = torch.tensor([0.6, 0.8])
+    near = lab.MODES[5] + 3.9 * lab.STD * way
+    far = lab.MODES[1] + 4.1 * lab.STD * way
+    x = torch.stack([near, far])
+
+    mode, on = lab.nearest(x)
+
+    assert mode.tolist() == [5, 1]
+    assert on.tolist() == [True, False]
+
+
+def test_samples_of_the_target_measure_well():
+    """All modes are there, nothing is off them or on bad ones, and no distance is large.
+
+    `zone` is the share of samples whose energy is above the 99.9 % quantile of the data: one in a
+    thousand.
+    """
+    got = lab.measure(perfect_samples(), "selective")
+
+    assert got["off"] < 0.002
+    assert got["bad"] < 0.002
+    assert got["modes"] == 5
+    assert got["tv"] < 0.02
+    assert got["sw2"] < 0.05
+    assert 1e-4 < got["zone"] < 0.003
+
+
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+def test_samples_between_the_modes_measure_badly():
+    """They are perfect samples, moved by (1, 1), so that all lie off the modes and in the zone.
+
+    A sliced distance is the root of a mean square over directions. By the projection of (1, 1) it
+    is 1. The spread about modes is NaN, of which torch warns.
+    """
+    got = lab.measure(perfect_samples() + 1, "selective")
+
+    assert got["off"] > 0.99
+    assert got["zone"] > 0.99
+    assert abs(got["sw2"] - 1) < 0.05
+
+
+# -------------------------------------------------------------------------------------- the figures
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """The folder of all figures, each with one seed and four student updates.
+
+    One process makes them, because a pool of workers and its imports are most of the time.
+    """
+    out = tmp_path_factory.mktemp("figures")
+    flags = "--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 1"
+    command = [sys.executable, ROOT / "toy2d.py", *flags.split(), "--out", out]
+    subprocess.run(command, cwd=out, check=True)
+    return out
+
+
+def table(figures, name):
+    """The numbers of a figure."""
+    return json.loads((figures / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, reward",
+    [
+        ("shaping", "selective"),
+        ("zone", "selective"),
+        ("naive", "corner"),
+        ("ablation", "selective"),
+        ("tilt", "linear"),
+        ("methods", "selective"),
+    ],
+)
+def test_a_figure_is_a_picture_and_a_table(figures, name, reward):
+    """Each figure has its own default reward, and its table says which that was."""
+    told = table(figures, name)
+
+    assert told.keys() >= {"figure", "seconds"}
+    assert told["reward"] == reward
+    assert told["seed"] == [0]
+    assert (figures / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_figure_of_methods_measures_every_row_at_both_exits(figures):
+    """Students take two steps there, so what they draw after the first is measured too."""
+    last = set(amd.METHODS)
+    first = {f"{name}, exit 1" for name in amd.METHODS}
+
+    assert table(figures, "methods")["arms"].keys() == last | first
+
+
+# ---------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--s 2", "choose s in"),
+        ("--out file/x", "--out"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
+    """It ends before anything is written: `file` is no folder, so nothing can be made in it."""
+    (tmp_path / "file").touch()
+    command = [sys.executable, ROOT / "toy2d.py", *flags.split()]
+
+    got = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+    assert got.returncode == 2
+    assert message in got.stderr
+    assert got.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
