@@ -3,7 +3,7 @@
 A slow diffusion teacher is distilled into a student that generates in a few steps. The student's
 sample x is renoised, two teachers guess the clean sample again, and x moves down
 
-    g = H(d_real, d_fake) + lam F_ext,    d = x - x0_hat.                                 (Eq. 6)
+    g = H(d_real, d_fake) + F_ext,    d = x - x0_hat.                                     (Eq. 6)
 
 The real teacher is frozen; its displacement d_real attracts x. The fake teacher is trained on the
 student's own samples; its displacement d_fake repels x. AMD finds failed samples by a reward, which
@@ -11,16 +11,17 @@ it compares within a group of K samples of one condition (Eq. 12). Then it
     - shifts the balance of the two terms of H sample by sample, which is Dynamic Score Adaptation
       (Eq. 10 and 13),
     - has the fake teacher study failures harder, which is Repulsive Landscape Sharpening (Eq. 14).
-The table METHODS, the paper's Table 1, has its relatives (DMD, DMD2, D-DMD, DMDR, ...) in one form.
+The table METHODS, the paper's Table 1, writes related methods (DMD, DMD2, DMDR ...) the same way.
 
     x       the student's sample (B, ...)           t     noise level in [0, 1]: 0 clean, 1 noise
     x_t     F_t(x) = alpha x + sigma eps            t_G   noise level of the student's input
     x0_hat  a teacher's guess of the clean sample   c     condition (tensors with leading B)
     r, a    reward, group advantage in [-1, 1]      w     CFG scale omega, 1 = no guidance
     W(a)    weight in the fake teacher's loss       s     sensitivity in [0, 1], 0 = no adaptation
-    u       draw in [0, 1) that picks the exit      tau   temperature of W(a) = exp(-a / tau)
+    u       draw in [0, 1) that picks the exit,     tau   temperature of W(a) = exp(-a / tau)
+            the step at which the student stops
 
-Use, for networks of flow matching, teacher(x_t, t, c) -> noise - data, and two copies of it:
+Usage with flow-matching networks, teacher(x_t, t, c) -> noise - data, and two copies of it:
 
     real, fake, G = map(amd.x0_from_flow, (teacher, fake_net, student_net))
     generate = lambda c, u: amd.backward_simulation(G, torch.randn(len(c), 2), c, [1.0], u)
@@ -29,13 +30,17 @@ Use, for networks of flow matching, teacher(x_t, t, c) -> noise - data, and two 
                      reward=reward, K=8)  # reward(x, c) -> (B,)
     for log in logs:  # endless: you log, save and stop
 
-A DDPM predicts noise on a grid of time steps, and wants the schedule of that grid everywhere:
+Usage with a DDPM, which predicts noise at time steps: pass one schedule to every call.
 
     schedule = amd.vp(scheduler.alphas_cumprod)
-    real, fake, G = (amd.x0_from_eps(net, schedule) for net in ...)  # net(x_t, time step, c) -> eps
-    levels = [schedule.highest]  # a step begins where the input has some signal, not at 1
+
+    def denoiser(unet):  # here one of diffusers
+        return amd.x0_from_eps(lambda x_t, i, c: unet(x_t, i, class_labels=c).sample, schedule)
+
+    levels = [schedule.level(alpha=0.3)]  # with one step, begin where the input has some signal
     generate = lambda c, u: amd.backward_simulation(G, z(c), c, levels, u, schedule)
-    logs = amd.train(..., schedule=schedule, space="eps")
+    t_range = (0.02, min(0.98, schedule.level(alpha=0.05)))
+    logs = amd.train(..., schedule=schedule, space="eps", t_range=t_range)
 """
 
 import dataclasses
@@ -75,22 +80,28 @@ def flow(t: Tensor) -> tuple[Tensor, Tensor]:
 class vp:
     """The Schedule of a DDPM with alphas_cumprod (N,): level t is the time step i nearest to t N.
 
-    ValueError: alphas_cumprod does not fall within [0, 1].
+    ValueError: alphas_cumprod does not fall from about 1 to about 0.
     """
-
-    smallest_alpha = 0.05  # of an input from which x0 = (x_t - sigma eps) / alpha can be read
 
     def __init__(self, alphas_cumprod: Tensor):
         abar = torch.as_tensor(alphas_cumprod).detach().cpu()
-        if abar.ndim != 1 or abar.min() < 0 or abar.max() > 1 or abar[0] <= abar[-1]:
+        if not (abar.ndim == 1 and 1 >= abar[0] > 0.5 > abar[-1] >= 0 and (abar.diff() <= 0).all()):
             raise ValueError("vp takes alphas_cumprod (N,), which fall from about 1 to about 0")
         self.alphas_cumprod = abar
-        self.highest = (abar.sqrt() >= self.smallest_alpha).nonzero().max().item() / len(abar)
+
+    def level(self, alpha: float) -> float:
+        """The highest level whose x_t has alpha x in it, or more.
+
+        A guess x0 = (x_t - sigma eps) / alpha multiplies the network's error by sigma / alpha.
+        """
+        return (self.alphas_cumprod.sqrt() >= alpha).nonzero().max().item() / len(
+            self.alphas_cumprod
+        )
 
     def index(self, t: Tensor) -> Tensor:
         """Levels (B,) -> the DDPM's own time steps (B,), 0 to N - 1."""
         N = len(self.alphas_cumprod)
-        i = (t * N).round()  # truncation would be off by one
+        i = (t * N).round()  # truncation can be off by one
         return i.clamp(0, N - 1).long()
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +124,7 @@ def x0_from_flow(net: Network) -> Denoiser:
     def denoise(x_t, t, c):
         return x_t - like(t, x_t) * net(x_t, t, c).to(x_t.dtype)
 
+    denoise.schedule = flow
     return denoise
 
 
@@ -127,7 +139,14 @@ def x0_from_eps(net: Network, schedule: Schedule) -> Denoiser:
         i = schedule.index(t) if isinstance(schedule, vp) else t
         return (x_t - like(sigma, x_t) * net(x_t, i, c).to(x_t.dtype)) / like(alpha, x_t)
 
+    denoise.schedule = schedule
     return denoise
+
+
+def same_schedule(denoise: Denoiser, schedule: Schedule, what: str) -> None:
+    """ValueError if a Denoiser was made for another schedule, which it would follow in silence."""
+    if getattr(denoise, "schedule", schedule) is not schedule:
+        raise ValueError(f"{what} was made for another schedule: pass it on as schedule=")
 
 
 # --------------------------------------------------------------------- 2. displacements (Sec. 3.1)
@@ -241,7 +260,10 @@ def H_amd(d: Displacements, a: Tensor, s: float = 0.5) -> Tensor:
 
 
 def H_rf(d: Displacements, a: Tensor) -> Tensor:
-    """Reward Forcing (arXiv 2512.04678): Eq. 7, weighed by a score that is not grouped there."""
+    """Reward Forcing (arXiv 2512.04678): Eq. 7 times exp(2 a).
+
+    The original's score is not compared within groups.
+    """
     return (2 * a).exp() * H_std(d, a)
 
 
@@ -265,7 +287,7 @@ def group_advantage(r: Tensor, K: int, eps: float = 1e-6) -> Tensor:
         )
     g = r.detach().cpu().double().view(-1, K)  # in float32 eight equal rewards may differ by .19
     if not g.isfinite().all():
-        raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
+        raise ValueError("a reward is NaN or inf: mend the reward")
     mean, std = g.mean(1, keepdim=True), g.std(1, keepdim=True, unbiased=False)
     equal = std <= 1e-6 * mean.abs().clamp_min(1)
     a = ((g - mean) / (std + eps)).clamp(-1, 1).masked_fill(equal, 0)
@@ -273,7 +295,7 @@ def group_advantage(r: Tensor, K: int, eps: float = 1e-6) -> Tensor:
 
 
 def W_one(a: Tensor) -> Tensor:
-    """No weight: the plain loss of a diffusion model, as in all methods but AMD."""
+    """No weight: the plain loss of a diffusion model."""
     return torch.ones_like(a)
 
 
@@ -291,7 +313,7 @@ def W_exp(a: Tensor, tau: float = 1.0) -> Tensor:
 class Draw(NamedTuple):
     """A micro-batch of Algorithm 1, outside every graph.
 
-    It is what the losses, the external forces and a `probe` of the caller's are given.
+    Losses, external forces and the caller's `probe` are given it.
     """
 
     c: Condition
@@ -354,9 +376,10 @@ def decoupled(
     schedule: Schedule,
     noisier: bool = False,
 ) -> Displacements:
-    """D-DMD (its Eq. 8): CA has a noise and a level of its own, below that of the student's input.
+    """D-DMD (its Eq. 8): each sample has another noise and level for CA, below t_G.
 
-    Its part is folded into d. noisier takes a level above, as Prop. C.1 of the AMD paper reads it.
+    d.uncond is set so that d.ca is that term. noisier takes a level above t_G, as Prop. C.1 of the
+    AMD paper reads it.
     """
     dm = displace(draw.x, draw.x_t, draw.t, draw.c, null, real, x0_fake, 1)
     if w == 1:
@@ -385,7 +408,7 @@ def faded(step: int, fade: int = 10_000) -> float:
 
 
 class Method(NamedTuple):
-    """A column of Table 1.
+    """A column of Table 1, which is a row of METHODS.
 
     H, F_t, phi and W may have hyper-parameters: arguments with a default, which `method` binds.
     """
@@ -401,12 +424,17 @@ class Method(NamedTuple):
 
     @property
     def senses(self) -> bool:
-        """Does H or W read the advantage?"""
+        """Does H or W read the advantage? All do, but for H_std and W_one."""
         return self.H is not H_std or self.W is not W_one
+
+    @property
+    def calls(self) -> str | None:
+        """The closure that F_ext calls; None without a force, as at lam = 0."""
+        return self.F_ext[0] if self.F_ext and self.lam else None
 
 
 # fmt: off
-METHODS = {                # H        F_ext                    F_t        phi    psi
+METHODS = {                # H        F_ext                    F_t        phi    W (psi)
     "dmd":            Method(H_std,   ("truth", regression),   joint,     fixed, W_one),
     "dmd2":           Method(H_std,   ("logits", adversarial), joint,     fixed, W_one),
     "ddmd":           Method(H_std,   None,                    decoupled, fixed, W_one),
@@ -420,12 +448,18 @@ METHODS = {                # H        F_ext                    F_t        phi   
 
 
 def method(
-    name: str, *, lam: float = 0.0, lam_d: float = 0.01, unit_w: bool = False, **hyper: float
+    name: str,
+    *,
+    lam: float | None = None,
+    lam_d: float | None = None,
+    unit_w: bool | None = None,
+    **hyper: float,
 ) -> Method:
-    """A row of METHODS with its hyper-parameters: s (H_amd, H_naive), tau (W_exp), fade (faded).
+    """A row of METHODS with other hyper-parameters: lam, lam_d, unit_w, and those of its functions.
 
-    A function of the row takes those that its signature names, and keeps its own default for one
-    that is not given. So one call serves all rows, and a new row needs no edit elsewhere:
+    These are s (H_amd, H_naive), tau (W_exp), fade (faded), noisier (decoupled). A function takes
+    those that its signature names, and keeps its default for one that is not given. One that only
+    other rows have is ignored, so that one call serves all rows; a new row needs no edit elsewhere:
 
         def H_mine(d, a, push=2.0): ...
         METHODS["mine"] = METHODS["amd"]._replace(H=H_mine)
@@ -436,8 +470,6 @@ def method(
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r}: choose one of {', '.join(METHODS)}")
-    if not (lam >= 0 and lam_d >= 0):
-        raise ValueError(f"lam = {lam}, lam_d = {lam_d}: choose both at least 0")
     parts = ("H", "F_t", "phi", "W")
     known = {
         k for row in METHODS.values() for part in parts for k in parameters(getattr(row, part))
@@ -448,19 +480,26 @@ def method(
         )
     row = METHODS[name]
     row = row._replace(**{part: bind(getattr(row, part), hyper) for part in parts})
+    given = dict(lam=lam, lam_d=lam_d, unit_w=unit_w)
+    row = row._replace(**{k: v for k, v in given.items() if v is not None})
+    if not (row.lam >= 0 and row.lam_d >= 0):
+        raise ValueError(f"lam = {row.lam}, lam_d = {row.lam_d}: choose both at least 0")
 
     zero = torch.zeros(1, 1)  # call each once: a value out of range ends here, not in training
     row.H(Displacements(zero, zero, zero, 1.0), zero)
-    row.W(zero)
     row.phi(0)
-    return row._replace(lam=lam, lam_d=lam_d, unit_w=unit_w)
+    if not row.W(torch.tensor([-1.0, 1.0]).double()).isfinite().all():
+        raise ValueError("W of the advantages -1 and 1 is not finite: choose a larger tau")
+    return row
 
 
 def parameters(f: Callable) -> list[str]:
-    """The hyper-parameters of f: its arguments that have a default and are not bound yet."""
-    bound = f.keywords if isinstance(f, partial) else {}
-    arguments = inspect.signature(f).parameters.values()
-    return [p.name for p in arguments if p.default is not p.empty and p.name not in bound]
+    """The hyper-parameters of f: its arguments that have a default."""
+    try:
+        arguments = inspect.signature(f).parameters.values()
+    except ValueError:  # some builtins tell no signature
+        return []
+    return [p.name for p in arguments if p.default is not p.empty]
 
 
 def bind(f: Callable, hyper: dict) -> Callable:
@@ -473,12 +512,12 @@ def bind(f: Callable, hyper: dict) -> Callable:
 def blend(net: torch.nn.Module, real: torch.nn.Module, fake: torch.nn.Module, r: float) -> None:
     """Set net, a third module of their kind, to theta_real + r (theta_fake - theta_real), for phi.
 
-    In place: under FSDP2 a functional_call with other weights would silently run the module's own.
+    In place, because under FSDP2 a functional_call with other weights would run the module's own.
     """
     for p, p_real, p_fake in zip(
         net.parameters(), real.parameters(), fake.parameters(), strict=True
     ):
-        p.copy_(p_real + r * (p_fake - p_real))  # not lerp, for they may differ in dtype
+        p.copy_(p_real + r * (p_fake - p_real))  # not lerp, because they may differ in dtype
 
 
 # ------------------------------------------------------ 7. gradient and losses (Eq. 1-4, 6 and 14)
@@ -498,21 +537,22 @@ def gradient(
 
     With H_std, g is the gradient at x of V_DMD (Eq. 4), which stands for that of the KL divergence
     (Eq. 1, 2). x0_fake (B, ...) is the fake's guess at draw.x_t; closure is what F_ext calls.
-    normalize divides H by each sample's mean |d_real| (DMD Eq. 8), which Eq. 13 has not weighed.
+    normalize divides H by each sample's mean |d_real| (DMD Eq. 8), as it is before Eq. 13.
     """
     d = method.F_t(draw, real, x0_fake, null, w, schedule)
     g = method.H(d, like(draw.a, draw.x))
     if normalize:
         g = g / like(per_sample(d.real.abs()).clamp_min(1e-8), draw.x)
-    if method.F_ext and method.lam:
+    if method.calls:
         _, energy = method.F_ext
         F_ext = force(lambda x: energy(x, draw, closure, schedule), draw.x)
-        g = g + method.lam * draw.x[0].numel() * F_ext  # times numel: student_loss divides by it
+        numel = draw.x[0].numel()  # student_loss divides by it, and lam is to weigh the mean energy
+        g = g + method.lam * numel * F_ext
     return g.detach(), d
 
 
 def student_loss(x: Tensor, g: Tensor) -> Tensor:
-    """Eq. 3 as a regression of x to x - g, both (B, ...): its gradient at x is g / numel."""
+    """Eq. 3 as a regression of x to x - g, both (B, ...): its gradient at x is g / x.numel()."""
     return 0.5 * F.mse_loss(x, (x - g).detach())
 
 
@@ -544,7 +584,7 @@ class Exit(NamedTuple):
 
     x: Tensor  # (B, ...)
     t_G: float | Tensor  # noise level of the input of the call that made x, a float or (B,)
-    again: Callable[[], Tensor] | None = None  # repeats that one call -> x
+    again: Callable[[], Tensor] | None = None  # repeats that one call, by itself -> the same x
 
 
 def backward_simulation(
@@ -559,16 +599,17 @@ def backward_simulation(
 
     u in [0, 1) picks the exit, and only its call carries gradient; u = 1, the last exit, makes it
     the sampler. ValueError: levels that do not fall within [0, 1], or begin where a DDPM's noise
-    network cannot tell x from noise.
+    network cannot tell x from noise; a schedule that is not the one of denoise.
     """
+    same_schedule(denoise, schedule, "denoise")
     falling = len(levels) > 0 and [*levels] == sorted({*levels}, reverse=True)
     if not (falling and levels[0] <= 1 and levels[-1] >= 0):
         raise ValueError(f"levels {levels}: choose levels that fall within [0, 1]")
-    if isinstance(schedule, vp) and levels[0] > schedule.highest:
+    if isinstance(schedule, vp) and levels[0] > schedule.level(alpha=0.05):
         alpha = schedule(torch.tensor(levels[0]))[0].item()
         raise ValueError(
             f"alpha is {alpha:.2g} at level {levels[0]:g}, and x0 = (x_t - sigma eps) / alpha would"
-            f" be noise: begin at level {schedule.highest:g} or below"
+            f" be noise: begin at level {schedule.level(alpha=0.3):g}, where alpha is .3"
         )
     k = min(int(u * len(levels)), len(levels) - 1)
     x_t = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -585,7 +626,7 @@ def backward_simulation(
 class Ranks(NamedTuple):
     """The processes that share an update.
 
-    By default it is this one alone. In this repository, running.ranks() tells those of torchrun.
+    By default it is this one alone. running.py, beside this file, tells those of torchrun.
     """
 
     rank: int = 0  # the number of this one
@@ -635,33 +676,37 @@ def train(
 ) -> Iterator[dict]:
     """Algorithm 1 as an endless generator, which yields a dict to log after each student update.
 
-    A student update is fake_steps iterations. Each rolls out and rewards a fresh batch and updates
-    the fake teacher; the first also updates the student, on the same x, t and eps. Nothing is kept
-    but `start`, the number of updates done: torch's global generator is seeded for each rollout, so
-    a resumed run draws what it would have drawn.
+    A student update is fake_steps iterations. Each rolls out a fresh batch, asks the reward if H or
+    W reads it, and updates the fake teacher; the first also updates the student, on the same x, t
+    and eps. Nothing is kept but `start`, the number of updates done: torch's global generator is
+    seeded for each rollout, so a resumed run draws what it would have drawn. Nothing is checked or
+    done before the first next().
 
     batch(n, j) -> c           condition of micro-batch j of iteration n, a pure function. Samples
                                count by rank, micro-batch, place; K adjacent ones are a group
     student(c, u) -> Exit      the whole generation; (x, t_G) will do. u in [0, 1) picks the exit,
-                               alike on all ranks, for FSDP2 hangs if they call unequally often
+                               alike on all ranks, because FSDP2 hangs if some call more often
     real, fake                 Denoisers
     reward(x, c) -> (B,)       None will do if neither H nor W reads it; dmdr takes its gradient
     null(c) -> c               the empty condition, for w != 1
     truth(c) -> (B, ...)       dmd at lam > 0: what c's own noise should become; dmd2: real samples
     logits(x_t, t, c) -> (B,)  dmd2: a discriminator on the fake's features, trained by opt_fake
     adapt(r) -> Denoiser       magic, dmdr: the real teacher with weights moved by r (`blend`)
-    aware(c, t_G) -> c         what the fake sees for c, so that it can tell exits apart; None: c
+    aware(c, t_G) -> c         what the fake sees for c, so that it can tell exits apart; None: c.
+                               logits sees c as it is, for real samples have no exit
     probe(draw, d, g) -> dict  numbers of your own for the log, in each student update
     update(opts) -> norms      steps the optimizers, if all norms are finite
     t_range, shift             t is uniform in t_range, then shift t / (1 + (shift - 1) t), clamped
-    accum                      micro-batches of an iteration. If there are several, the student is
-                               rolled out without a graph, and its exit is called again once g is
-                               known; it must make the same x, so it has no dropout
+    accum                      micro-batches of an iteration. A single one holds the graphs of
+                               student and fake at once. With several, the student is rolled out
+                               without a graph, and its exit is called again once g is known; it
+                               must make the same x, so it has no dropout
 
-    The dict has step and fake_step, the updates done; loss_student, loss_fake; g_norm, dm_norm and
-    ca_norm, which are root mean squares of an element; reward and reward_std, the mean over groups
-    of their std; adv_clip, the share of advantages at +-1; w_mean, the mean of W(a); skipped. They
-    are means over the update, but for the counts.
+    The dict has numbers, or tensors of shape (): step and fake_step, the updates done; loss_student
+    and loss_fake; g_norm, dm_norm and ca_norm, root mean squares of an element; reward, and
+    reward_std, the mean over groups of their std; adv_clip, the share of advantages at +-1; w_mean,
+    the mean of W(a); skipped, a count. All but counts are means over those iterations of the update
+    that have them and were not skipped.
 
     An x, loss or gradient that is not finite skips the iteration on all ranks; ten in a row raise
     FloatingPointError. ValueError: a closure is missing or returns a wrong shape, K does not divide
@@ -669,8 +714,12 @@ def train(
     """
     if not (0 <= t_range[0] < t_range[1] <= 1 and min(shift, K, accum, fake_steps) > 0):
         raise ValueError("choose t_range in [0, 1], and shift, K, accum, fake_steps above 0")
-    if space not in ("x0", "eps", "flow"):
-        raise ValueError(f"space {space!r}: choose x0, eps or flow")
+    spaces = ("x0", "eps") if isinstance(schedule, vp) else ("x0", "eps", "flow")
+    if space not in spaces:
+        raise ValueError(f"space {space!r}: choose one of {', '.join(spaces)} for this schedule")
+    same_schedule(real, schedule, "real")
+    same_schedule(fake, schedule, "fake")
+    averages(update, ranks)
     given = dict(reward=reward, null=null, adapt=adapt, truth=truth, logits=logits)
     closure = closure_of(method, w, given)
     options = dict(null=null, w=w, schedule=schedule, normalize=normalize, closure=closure)
@@ -678,7 +727,7 @@ def train(
     opt_student.zero_grad()
     opt_fake.zero_grad()
 
-    while True:  # l. 1
+    while True:  # l. 1, and 7: no gradients yet
         r = method.phi(step)
         teacher = adapt(r) if r > 0 else real
         rows = []
@@ -696,7 +745,7 @@ def train(
                 partial(rollout, student, c, u, seed=key(seed, n, j, ranks.rank))
                 for j, c in enumerate(conds)
             ]
-            exits = [out(grad=student_turn and accum == 1) for out in roll]
+            exits = [roll_j(grad=student_turn and accum == 1) for roll_j in roll]
 
             # l. 4-6 and 17: which samples failed, within their group
             asked = reward if method.senses or student_turn else None  # once an update, for the log
@@ -706,38 +755,42 @@ def train(
             t = draw_levels(shared, len(a), K, t_range, shift)
 
             # l. 9-11: for each micro-batch, its noise
+            found = []
             for j, draw in enumerate(renoised(exits, conds, a, W, t, ranks, schedule)):
-                # l. 12, 17-19: the fake's guess, for its own loss and for the student's gradient
+                # l. 12, 18-19: the fake's guess, which the student needs too. Its loss comes first,
+                # so that its graph is gone before the student's exit makes one
                 x0_fake = fake(draw.x_t, draw.t, aware(draw.c, draw.t_G) if aware else draw.c)
                 loss_fake = fake_loss(draw, x0_fake, schedule, space)
                 row = sensed | dict(loss_fake=loss_fake.detach())
-                if closure is not None and closure is logits:
-                    loss_fake = loss_fake + method.lam_d * critic_loss(
-                        draw, truth, logits, schedule
-                    )
+                if method.calls == "logits":
+                    loss_D = critic_loss(draw, truth, logits, schedule)
+                    loss_fake = loss_fake + method.lam_d * loss_D
                 backward(loss_fake, accum)
 
                 if student_turn:
-                    # l. 12-16: the student's gradient, at its sample and then at its weights
+                    # l. 12-16: the gradient g at the sample x, and from there at the weights
                     g, d = gradient(method, draw, teacher, x0_fake.detach(), **options)
-                    x = exits[j].x if accum == 1 else with_graph(exits[j], roll[j])
+                    x = exits[j].x
+                    if accum > 1:
+                        x = with_graph(exits[j], roll[j], check=step == start)
                     loss = student_loss(x, g)
                     backward(loss, accum)
                     row |= dict(loss_student=loss.detach(), g_norm=rms(g))
                     row |= dict(dm_norm=rms(d.dm), ca_norm=rms(d.ca))
                     if probe:
                         row |= probe(draw, d, g)
-                rows.append(row)
+                found.append(row)
 
             # l. 21-22: update the student and the fake
             norms = update(opts)
             for opt in opts:
                 opt.zero_grad()
-            if not skips.finite(norms, step):
-                rows.clear()
+            if skips.record(norms, step):
+                rows += found
 
         step += 1
-        yield dict(step=step, fake_step=step * fake_steps, **mean_of(rows), skipped=skips.total)
+        counts = dict(step=step, fake_step=step * fake_steps)
+        yield counts | mean_of(rows) | dict(skipped=skips.total)
 
 
 # ----------------------------------------------------------------------------- the parts of `train`
@@ -753,16 +806,28 @@ def rollout(student: Callable, c: Condition, u: float, seed: int, grad: bool) ->
     """Alg. 1 l. 3: samples of c, in float32 or 64. The same seed makes the same samples."""
     torch.manual_seed(seed)
     with torch.set_grad_enabled(grad):
-        made = Exit(*student(c, u))
+        made = student(c, u)
+        if isinstance(made, Tensor):
+            raise ValueError("student returned x alone: return (x, t_G), or an Exit")
+        made = Exit(*made)
         return made._replace(x=made.x.to(torch.promote_types(made.x.dtype, torch.float32)))
 
 
-def with_graph(made: Exit, roll: Callable[..., Exit]) -> Tensor:
-    """x of a rollout again, now with a graph: by its exit's call alone, if it tells that."""
+def with_graph(made: Exit, roll: Callable[..., Exit], check: bool) -> Tensor:
+    """x of a rollout again, now with a graph: by its exit's call alone, if it tells that.
+
+    check compares the two, but for rounding. ValueError: they are not the same.
+    """
     if made.again is None:
         return roll(grad=True).x
     with torch.enable_grad():
-        return made.again().to(made.x.dtype)
+        x = made.again().to(made.x.dtype)
+    if check and (x - made.x).detach().abs().mean() > 0.05 * made.x.abs().mean():
+        raise ValueError(
+            "the student's exit made another x when it was called again: take dropout out, or"
+            " return (x, t_G) alone, and the whole generation is repeated"
+        )
+    return x
 
 
 def sense(
@@ -791,6 +856,8 @@ def sense(
     finite = torch.cat([x.flatten(1).isfinite().all(1) for x in xs])
     mine = torch.stack([torch.cat(r), finite.to(r[0])], 1)
     r, finite = ranks.gather(mine).cpu().double().unbind(1)
+    if not r[finite > 0].isfinite().all():
+        raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
     log = dict(reward=r.mean(), reward_std=r.view(-1, K).std(1, unbiased=False).mean())
     if not method.senses:
         return torch.zeros(N), torch.ones(N), log
@@ -800,7 +867,7 @@ def sense(
     W = method.W(a)
     if method.unit_w:
         W = W / W.mean()
-    clipped = a.abs() > 1 - 1e-5  # for Eq. 12's eps keeps a pair just below 1
+    clipped = a.abs() > 1 - 1e-5  # at K = 2, Eq. 12's eps keeps all just below 1
     return a, W, log | dict(adv_clip=clipped.double().mean(), w_mean=W.mean())
 
 
@@ -823,11 +890,13 @@ def renoised(
     schedule: Schedule,
 ) -> Iterator[Draw]:
     """Alg. 1 l. 9-11: this rank's micro-batches. a, W, t (N,) are those of all ranks."""
-    values = torch.stack([a, W, t]).split(len(exits[0].x), 1)[ranks.rank * len(exits) :]
-    for made, c, mine in zip(exits, conds, values, strict=False):
+    B = len(exits[0].x)
+    first = ranks.rank * len(exits)
+    values = torch.stack([a, W, t]).split(B, 1)[first : first + len(exits)]
+    for made, c, of_this in zip(exits, conds, values, strict=True):
         x = made.x.detach()
         eps = torch.randn_like(x)
-        a_j, W_j, t_j = mine.to(x, non_blocking=True)
+        a_j, W_j, t_j = of_this.to(x, non_blocking=True)
         yield Draw(c, x, made.t_G, a_j, W_j, t_j, eps, renoise(x, t_j, eps, schedule))
 
 
@@ -856,6 +925,12 @@ def clip_and_step(opts: Sequence[torch.optim.Optimizer], norms: Tensor, clip: fl
         opt.step()
 
 
+def averages(step: Callable, ranks: Ranks) -> None:
+    """ValueError if the gradients of several ranks were never averaged: they would drift apart."""
+    if ranks.size > 1 and getattr(step, "func", step) is update:
+        raise ValueError("amd.update is for one process: pass update=, which averages over ranks")
+
+
 class Skips:
     """Counts the iterations in which nothing stepped, because a number was not finite."""
 
@@ -863,8 +938,8 @@ class Skips:
         self.total = 0
         self.in_a_row = 0
 
-    def finite(self, norms: Tensor, step: int) -> bool:
-        """Was this iteration finite? FloatingPointError: the last ten were not."""
+    def record(self, norms: Tensor, step: int) -> bool:
+        """Count an iteration -> was it finite? FloatingPointError: the last ten were not."""
         if norms.isfinite().all():
             self.in_a_row = 0
             return True
@@ -872,20 +947,24 @@ class Skips:
         self.in_a_row += 1
         if self.in_a_row == 10:
             raise FloatingPointError(
-                f"step {step}: ten updates in a row were not finite, lower the learning rates"
+                f"step {step}: ten iterations in a row were not finite, lower the learning rates"
             )
         return False
 
 
 def closure_of(method: Method, w: float, given: dict) -> Callable | None:
     """The closure that F_ext calls, or None. ValueError: one is missing that `train` will call."""
-    of_F_ext = method.F_ext[0] if method.F_ext and method.lam else None
-    calls = dict(reward=method.senses, null=w != 1, adapt=method.phi is not fixed)
-    calls |= dict(truth=of_F_ext == "logits") | {of_F_ext: True}
+    called = dict(
+        reward=method.senses or method.calls == "reward",
+        null=w != 1,
+        adapt=method.phi is not fixed,
+        truth=method.calls in ("truth", "logits"),
+        logits=method.calls == "logits",
+    )
     for name, closure in given.items():
-        if closure is None and calls.get(name):
+        if closure is None and called[name]:
             raise ValueError(f"this method, at its lam and w, calls {name}: pass {name}=")
-    return given.get(of_F_ext)
+    return given.get(method.calls)
 
 
 def rms(v: Tensor) -> Tensor:
@@ -895,5 +974,6 @@ def rms(v: Tensor) -> Tensor:
 
 def mean_of(rows: list[dict]) -> dict:
     """The mean of each number over the rows that have it."""
-    columns = {k: [row[k] for row in rows if k in row] for row in rows for k in row}
+    names = {k: None for row in rows for k in row}  # in order
+    columns = {k: [row[k] for row in rows if k in row] for k in names}
     return {k: sum(column) / len(column) for k, column in columns.items()}

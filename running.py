@@ -254,8 +254,8 @@ def open_run(out: str | Path, config: dict, resume: bool = False, free: Iterable
     """Make the folder out and its config.json {config, torch, git}, or find them -> the folder.
 
     A run that is found goes on if resume is set and its config is the same, but for what free
-    names, as the number of steps; the new config is kept then. One that ended before it saved
-    anything may be begun anew.
+    names, as the number of steps; the new config is kept then. One that ended before it logged or
+    saved anything may be begun anew. Where there is none, a run begins, with or without resume.
 
     ValueError: a run is found and resume is not set, or its config is another, or another process
     is at work there, or not all ranks see one folder. OSError: it cannot be made.
@@ -264,11 +264,13 @@ def open_run(out: str | Path, config: dict, resume: bool = False, free: Iterable
     path = out / "config.json"
     config = json.loads(json.dumps(config, default=str))
     out.mkdir(parents=True, exist_ok=True)
-    old = read_config(out) if path.exists() else None
+    if path.exists():
+        read_config(out)  # a folder of something else is left as it is
     seen_by_all(out)
     free_folder = lock(out) if ranks().rank == 0 else True
     require(together(free_folder), f"{out} has a run at work now: choose another folder")
 
+    old = read_config(out) if path.exists() else None
     if old is not None and has_results(out):
         require(resume, f"{out} holds a run: add --resume to go on, or choose another folder")
     if old is not None and resume:
@@ -300,20 +302,34 @@ def differences(old: dict, new: dict, free: Iterable[str]) -> str:
 
 
 def has_results(out: Path) -> bool:
-    """Has a run saved a checkpoint, a sample or a student?
+    """Has a run saved a checkpoint, a sample or a student, or logged a step?
 
-    They lie in folders; a run that has none may be begun anew.
+    The first three lie in folders. A run that has nothing of it may be begun anew.
     """
-    return any(path.is_dir() and any(path.iterdir()) for path in out.iterdir())
+    log = out / "log.jsonl"
+    logged = log.exists() and log.stat().st_size > 0
+    return logged or any(path.is_dir() and any(path.iterdir()) for path in out.iterdir())
 
 
 LOCKS = {}  # the folders in which this process is at work, with their locked files
+
+
+def unlock() -> None:
+    """Let go of the locks in a child, which inherits them, so that they end with the parent."""
+    for file in LOCKS.values():
+        file.close()
+    LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=unlock)
 
 
 def lock(out: Path) -> bool:
     """Take a folder for this process -> False if another process has it.
 
     The lock is the system's, on a file of the folder: it ends with its process, however that ends.
+    Where there are no such locks, as on Windows and some network disks, all is free.
     """
     key = out.resolve()
     if fcntl is None or key in LOCKS:
@@ -653,7 +669,7 @@ def run(main: Callable, parse: Callable, hint: str = "") -> None:
     try:
         main(parse())
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        print(f"{name}: interrupted; with --resume, training goes on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         fix = f"; {hint}" if hint and isinstance(error, torch.OutOfMemoryError) else ""

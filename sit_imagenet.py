@@ -914,9 +914,9 @@ def main(args):
         raise ValueError(
             f"--init {args.init} is a run of another {', '.join(differ)}: choose the same"
         )
-    if args.task != "evaluate" and not args.resume and (args.out / "config.json").exists():
-        begin(args)  # raises
     device, parts = running.launch(), running.ranks()[1] * args.accum
+    if args.task != "evaluate" and running.together((args.out / "config.json").exists()):
+        begin(args)  # a folder that cannot be used is refused before anything is loaded
     if args.batch % parts:
         raise ValueError(
             f"--batch {args.batch} on {parts} ranks and micro-batches: take a multiple"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -119,10 +120,20 @@ def test_a_ddpms_network_is_given_its_own_time_steps():
     assert seen[1] is t
 
 
-@pytest.mark.parametrize("wrong", [1 - ABAR, 2 * ABAR, ABAR[None]])
+@pytest.mark.parametrize(
+    "wrong", [1 - ABAR, 2 * ABAR, 0.4 * ABAR, ABAR[None], ABAR * math.nan, ABAR.roll(500)]
+)
 def test_vp_refuses_what_is_no_alphas_cumprod(wrong):
+    """As betas, which rise, or a schedule of another shape."""
     with pytest.raises(ValueError, match="alphas_cumprod"):
         amd.vp(wrong)
+
+
+def test_vp_tells_the_level_of_an_alpha():
+    schedule = amd.vp(ABAR)
+    for alpha in (0.2, 0.3, 0.9):
+        level = schedule.level(alpha)
+        assert schedule(f64(level))[0] >= alpha > schedule(f64(level + 0.001))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -405,6 +416,8 @@ def test_method_binds_the_hyper_parameters_of_a_row():
     close(amd.method("naive", s=0.25).H(d, a), amd.H_naive(d, a, 0.25))
     assert (m.lam, m.lam_d, m.unit_w, m.phi(5)) == (3, 4, True, 0)
     assert amd.method("amd") == amd.METHODS["amd"]
+    noisier = amd.method("ddmd", noisier=True)
+    assert noisier.F_t.keywords == dict(noisier=True)
     assert amd.method("dmd", s=0.25, tau=2, fade=3) == amd.METHODS["dmd"]
 
 
@@ -424,11 +437,28 @@ def test_a_new_row_brings_hyper_parameters_of_its_own(monkeypatch):
     amd.method("dmd", push=5.0)  # others let it pass
 
 
+def test_a_new_row_keeps_what_it_sets(monkeypatch):
+    """lam and its like, and hyper-parameters that it has bound, unless they are given anew."""
+    row = amd.METHODS["dmdr"]._replace(lam=0.5, unit_w=True, H=partial(amd.H_amd, s=0.1))
+    monkeypatch.setitem(amd.METHODS, "mine", row)
+    d, a = amd.Displacements(*randn(3, 8, 2), 3.0), randn(8, 1).clamp(-1, 1)
+    kept, given = amd.method("mine"), amd.method("mine", lam=2, s=0.9)
+    assert (kept.lam, kept.unit_w, given.lam, given.unit_w) == (0.5, True, 2, True)
+    close(kept.H(d, a), amd.H_amd(d, a, 0.1))
+    close(given.H(d, a), amd.H_amd(d, a, 0.9))
+
+
+def test_a_builtin_has_no_hyper_parameters(monkeypatch):
+    monkeypatch.setitem(amd.METHODS, "mine", amd.METHODS["amd"]._replace(W=torch.exp))
+    assert amd.method("mine", tau=2.0).W is torch.exp
+
+
 @pytest.mark.parametrize(
     "name, given, message",
     [
         ("amd", dict(s=1.1), "choose s in"),
         ("amd", dict(tau=0), "choose tau"),
+        ("amd", dict(tau=1e-3), "choose a larger tau"),
         ("dmdr", dict(fade=0), "choose fade"),
         ("amd", dict(lam=-1), "at least 0"),
         ("amd", dict(lam_d=-1), "at least 0"),
@@ -477,7 +507,7 @@ def test_ddmd_asks_ca_at_a_level_of_its_own(monkeypatch):
     x0_fake, c = randn(8, 2), z.c[:, None]
     kw = dict(null=lambda c: 0 * c, w=3.0, schedule=schedule, normalize=False)
     for noisier, t in ((False, v * 0.8), (True, 0.8 + v * 0.2)):
-        row = amd.METHODS["ddmd"]._replace(F_t=partial(amd.decoupled, noisier=noisier))
+        row = amd.method("ddmd", noisier=noisier)
         g, d = amd.gradient(row, z, real, x0_fake, **kw)
         x_ca = amd.renoise(z.x, t, eps_ca, schedule)
         close(d.dm, x0_fake - z.x_t * (c + z.t[:, None]))
@@ -693,21 +723,28 @@ def test_backward_simulation_refuses_levels(levels):
 def test_backward_simulation_refuses_a_level_without_signal():
     """On the grid of the DDPM paper alpha is .006 at level 1.
 
-    A guess x0 = (x_t - sigma eps) / alpha would be noise there, while rewards look alive. The level
-    that the message names is the highest that is taken.
+    A guess x0 = (x_t - sigma eps) / alpha would be noise there, while rewards look alive. The limit
+    is an alpha of .05, and the message names a level that is far from it.
     """
     schedule = amd.vp((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
     denoise = amd.x0_from_eps(lambda x_t, i, c: x_t, schedule)
-    z, c = torch.randn(8, 2), torch.zeros(8)
-    with pytest.raises(
-        ValueError, match=r"alpha is 0\.0064 at level 1, .* begin at level"
-    ) as error:
-        amd.backward_simulation(denoise, z, c, [1.0], schedule=schedule)
-    level = float(re.search(r"begin at level (\S+)", str(error.value))[1])
-    assert amd.backward_simulation(denoise, z, c, [level], schedule=schedule).t_G == level
-    assert 0.05 < schedule(torch.tensor(level))[0] < 0.051
-    with pytest.raises(ValueError, match="begin at level"):
-        amd.backward_simulation(denoise, z, c, [level + 0.001], schedule=schedule)
+    begin = partial(amd.backward_simulation, denoise, torch.randn(8, 2), None, schedule=schedule)
+    with pytest.raises(ValueError, match=r"alpha is 0\.0064 at level 1, .* begin at") as error:
+        begin([1.0])
+    level = float(re.search(r"begin at level ([\d.]+)", str(error.value))[1])
+    assert 0.3 <= schedule(torch.tensor(level))[0] < 0.303
+    assert begin([level]).t_G == level
+    limit = schedule.level(0.05)
+    assert begin([limit]).t_G == limit
+    with pytest.raises(ValueError, match="begin at"):
+        begin([limit + 0.001])
+
+
+def test_a_schedule_that_was_left_out_is_missed():
+    """A noise network's Denoiser knows its own; to go on with another would be silent nonsense."""
+    denoise = amd.x0_from_eps(lambda x_t, i, c: x_t, amd.vp(ABAR))
+    with pytest.raises(ValueError, match="pass it on as schedule="):
+        amd.backward_simulation(denoise, torch.randn(8, 2), None, [0.5])
 
 
 def test_sdxls_first_time_step_is_not_refused():
@@ -849,6 +886,13 @@ def lively(name):
     return amd.method(name, lam=0.2, tau=0.5, fade=3, unit_w=True)
 
 
+def clipped_step(it, update):
+    """One update by plain SGD, whose norms `update` clips -> weights."""
+    opts = [torch.optim.SGD(net.parameters(), 1.0) for net in (it.student, it.fake)]
+    it.run(amd.method("amd"), 1, opt_student=opts[0], opt_fake=opts[1], update=update, K=8)
+    return it.weights()
+
+
 def test_algorithm1_by_a_literal_loop():
     """Alg. 1 line by line, a sample at a time, with plain SGD.
 
@@ -910,6 +954,82 @@ def test_algorithm1_by_a_literal_loop():
     assert (log["step"], log["fake_step"], log["skipped"]) == (1, 2, 0)
 
 
+@pytest.mark.parametrize("name", ["dmd", "dmd2", "dmdr", "amd"])
+def test_algorithm1_on_a_ddpms_grid(name):
+    """One iteration with noise networks, a schedule of N time steps, forces and a discriminator.
+
+    The oracle uses alphas_cumprod and autograd alone: H / numel + lam grad(mean energy) for the
+    student; the loss of the noise, and lam_d times that of the discriminator, for the fake.
+    """
+    it, schedule = Setting(), amd.vp(ABAR)
+    lam, lam_d, lr, seed = 0.3, 0.2, 0.1, 5
+    G, psi = copy.deepcopy(it.student), copy.deepcopy(it.fake)
+
+    def x0(net, x_t, t, c):
+        """x0 = (x_t - sigma eps) / alpha, where the network sees the time step."""
+        i = (1000 * t).round().clamp(0, 999).long()
+        abar = ABAR[i][:, None]
+        return (x_t - (1 - abar).sqrt() * net(x_t, i / 1000, c)) / abar.sqrt(), abar, i / 1000
+
+    def noise_net(net):
+        return amd.x0_from_eps(lambda x_t, i, c: net(x_t, i / 1000, c), schedule)
+
+    def generate(c, u):
+        return amd.backward_simulation(noise_net(it.student), c["z"], c, [0.9], u, schedule)
+
+    opts = [torch.optim.SGD(net.parameters(), lr) for net in (it.student, it.fake)]
+    given = dict(opt_student=opts[0], opt_fake=opts[1], seed=seed, fake_steps=1, normalize=False)
+    given |= dict(student=generate, real=noise_net(it.real), fake=noise_net(it.fake))
+    given |= dict(schedule=schedule, space="eps", update=partial(amd.update, clip=math.inf))
+    given |= dict(adapt=lambda r: noise_net(it.real))  # of dmdr: as it is
+    it.run(amd.method(name, lam=lam, lam_d=lam_d), 1, w=1.5, **given)
+
+    shared = torch.Generator().manual_seed(amd.key(seed, 0))
+    torch.rand((), generator=shared)  # u
+    t = 0.02 + 0.96 * torch.rand(2, generator=shared, dtype=torch.float64).repeat_interleave(4)
+    c = it.batch(0, 0)
+    torch.manual_seed(amd.key(seed, 0, 0, 0))
+    x, *_ = x0(G, c["z"], torch.full((8,), 0.9).double(), c)
+    eps = torch.randn_like(x)
+
+    def noised(x):
+        abar = ABAR[(1000 * t).round().long()][:, None]
+        return abar.sqrt() * x + (1 - abar).sqrt() * eps
+
+    def D(x):
+        return psi(noised(x), t, c, head=True)
+
+    x_t = noised(x.detach())
+    real, fake = x0(it.real, x_t, t, c)[0], x0(psi, x_t, t, c)[0]
+    empty = x0(it.real, x_t, t, dict(c, y=0 * c["y"]))[0]
+    r = it.reward(x, c)
+    dm, ca = (fake - real).detach(), 0.5 * (empty - real).detach()
+    truth = c["z"].cos()
+    energy = dict(
+        dmd=0.5 * (x - truth).square().mean(1),
+        dmd2=-F.logsigmoid(D(x)),
+        dmdr=-r,
+        amd=0 * r,
+    )[name]
+    a, W = torch.zeros(8, 1), torch.ones(8)
+    if name == "amd":
+        a = amd.group_advantage(r, 4)[:, None]
+        W = (-a[:, 0]).exp()
+    H = (1 - 0.5 * a) * dm + (1 + 0.5 * a) * ca
+    loss_G = (H * x).sum() / 16 + lam * energy.mean()
+    eps_hat = psi(x_t, (1000 * t).round() / 1000, c)
+    loss_psi = (W * (eps_hat - eps).square().mean(1)).mean()
+    if name == "dmd2":
+        x = x.detach()
+        loss_psi = loss_psi - lam_d * (F.logsigmoid(-D(x)) + F.logsigmoid(D(truth))).mean()
+
+    for net, by_hand, loss in ((it.student, G, loss_G), (it.fake, psi, loss_psi)):
+        params = [*by_hand.parameters()]
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        for p, q, v in zip(net.parameters(), params, grads, strict=True):
+            close(p, q if v is None else q - lr * v, rtol=1e-7, atol=1e-9)
+
+
 def add_gradients(totals, loss, net):
     grads = torch.autograd.grad(loss, [*net.parameters()], retain_graph=True, allow_unused=True)
     for total, v in zip(totals, grads, strict=True):
@@ -920,7 +1040,7 @@ def add_gradients(totals, loss, net):
 def test_each_row_of_table1_ends_elsewhere():
     """And so do a GAN of another weight, DMD without pairs, and D-DMD read the other way."""
     rows = {name: amd.method(name, lam=0.2, fade=3) for name in amd.METHODS}
-    rows["noisier"] = rows["ddmd"]._replace(F_t=partial(amd.decoupled, noisier=True))
+    rows["noisier"] = amd.method("ddmd", noisier=True)
     rows["no pairs"] = amd.method("dmd")
     rows["critic"] = rows["dmd2"]._replace(lam_d=1)
     ends = []
@@ -1044,9 +1164,52 @@ def test_every_rank_draws_its_own_noise_at_the_same_levels():
             exits.append(u)
             return it.generate(c, u)
 
-        it.run(amd.method("dmd"), 2, student=student, K=8)
+        it.run(amd.method("dmd"), 2, student=student, K=8, update=lambda opts: amd.update(opts))
     assert len({tuple(v.tolist()) for v in noise}) == 8
     assert exits[:4] == exits[4:]
+
+
+def test_every_micro_batch_draws_its_own_noise():
+    """Of the student, and of the renoising."""
+    it = Setting(accum=2)
+    noise, draws = [], []
+
+    def student(c, u):
+        noise.append(torch.randn(3))
+        return it.generate(c, u)
+
+    def probe(draw, d, g):
+        draws.append(draw.eps)
+        return {}
+
+    it.run(amd.method("amd"), 2, student=student, probe=probe)
+    assert len({tuple(v.tolist()) for v in noise}) == 8
+    assert len({tuple(v.flatten().tolist()) for v in draws}) == 4
+
+
+def test_the_teacher_is_adapted_by_the_updates_done():
+    """Once an update, by phi of its number; where r is 0 the real teacher itself is asked."""
+    it, asked = Setting(), []
+
+    def adapt(r):
+        asked.append(r)
+        return it.adapt(r)
+
+    it.run(amd.method("magic", fade=3), 5, adapt=adapt)
+    close(asked, [amd.faded(step, fade=3) for step in (0, 1, 2)])
+
+
+def test_an_exit_that_repeats_another_x_is_refused():
+    """Dropout draws anew, and a student that changes its exit's x leaves `again` behind."""
+    for change in (lambda x: 3 * x, lambda x: x + torch.randn_like(x)):
+        it = Setting(accum=2)
+
+        def student(c, u, it=it, change=change):
+            made = it.generate(c, u)
+            return made._replace(x=change(made.x))
+
+        with pytest.raises(ValueError, match="made another x"):
+            it.run(amd.method("amd"), 1, student=student)
 
 
 def test_levels_are_shared_by_a_group_and_warped():
@@ -1135,6 +1298,13 @@ def test_update_clips_each_optimizer_by_itself():
     assert_close(-params[1].detach(), torch.tensor([0.3, 0.4, 0]))
 
 
+def test_update_clips_at_10():
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([0, 12.0, 16])
+    amd.update([torch.optim.SGD([p], 1.0)])
+    assert_close(-p.detach(), torch.tensor([0, 6.0, 8]), rtol=1e-5, atol=0)
+
+
 def test_update_steps_all_or_none():
     params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
     opts = [torch.optim.SGD([p], 1.0) for p in params]
@@ -1183,16 +1353,31 @@ def test_what_is_not_finite_is_skipped_and_counted(where, name):
 
 
 def test_a_skipped_iteration_leaves_the_log():
+    """The first of two, in which the student has its turn; the other one is logged."""
     log = next(Broken("x", bad=1).train(amd.method("amd")))
     assert log["skipped"] == 1
-    assert "loss_student" not in log  # that was the student's turn
+    assert "loss_student" not in log
     assert math.isfinite(log["loss_fake"])
     assert math.isfinite(log["reward"])
 
 
+def test_a_skipped_iteration_leaves_the_others_in_the_log():
+    """The second of two: the student has stepped, and the log says how."""
+    it = Setting()
+    steps = []
+
+    def update(opts):
+        steps.append(0)
+        return amd.update(opts) if len(steps) == 1 else torch.tensor([math.nan])
+
+    (log,) = it.run(amd.method("amd"), 1, update=update)
+    assert log["skipped"] == 1
+    assert math.isfinite(log["loss_student"])
+
+
 def test_ten_in_a_row_end_the_run():
     it = Broken("x", bad=99)
-    with pytest.raises(FloatingPointError, match="ten updates"):
+    with pytest.raises(FloatingPointError, match="ten iterations"):
         it.run(amd.method("amd"), 99)
     assert it.rollouts == 10
 
@@ -1229,7 +1414,12 @@ def wrong_sizes(n, j):
         ("dmd2", dict(truth=lambda c: c["z"][:, :1]), "truth returned"),
         ("dmd2", dict(logits=lambda x_t, t, c: x_t), "logits returned"),
         ("amd", dict(null=lambda c: dict(c, tag="no")), "changes yes to no"),
-        ("amd", dict(space="v"), "choose x0, eps or flow"),
+        ("amd", dict(space="v"), "choose one of x0, eps, flow"),
+        ("amd", dict(schedule=amd.vp(ABAR)), "choose one of x0, eps for"),
+        ("dmd", dict(reward=lambda x, c: x[:, 0] * math.nan), "mend the reward"),
+        ("amd", dict(student=lambda c, u: c["z"]), "return (x, t_G), or an Exit"),
+        ("amd", dict(fake=amd.x0_from_eps(None, amd.vp(ABAR))), "fake was made for another"),
+        ("amd", dict(ranks=amd.Ranks(0, 2)), "pass update=, which averages"),
         ("amd", dict(t_range=(0, 980)), "t_range in"),
         ("amd", dict(shift=0), "above 0"),
     ],
@@ -1270,13 +1460,13 @@ def test_every_equation_is_cited_and_tested():
     assert untested <= {5, 11}, "a definition and an assumption: see toy2d.py --figure zone"
 
 
-def test_defaults_are_those_that_the_readme_names():
+def test_defaults_stay_what_others_rely_on():
     def defaults(f):
         given = inspect.signature(f).parameters
         return {k: p.default for k, p in given.items() if p.default is not p.empty}
 
     assert defaults(amd.H_amd) == dict(s=0.5)
     assert defaults(amd.W_exp) == dict(tau=1.0)
-    assert defaults(amd.method) == dict(lam=0.0, lam_d=0.01, unit_w=False)
+    assert amd.METHODS["amd"][-3:] == (0.0, 0.01, False)  # lam, lam_d, unit_w
     usual = dict(K=8, w=1, t_range=(0.02, 0.98), normalize=True, fake_steps=5, accum=1)
     assert defaults(amd.train).items() >= usual.items()

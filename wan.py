@@ -1163,19 +1163,15 @@ def main(args):
     amd.method(args.method, s=args.s, tau=args.tau)
     if trains:
         amd.group_advantage(torch.zeros(args.batch), args.group)
-    if args.task != "score" and (file := args.out / "config.json").exists():
-        if '"git"' not in file.read_text():
-            raise ValueError(f"{file} is of no run: choose another --out")
-        if args.resume or [*args.out.glob("*/*")]:
-            begin(args)  # raises, if it is of another run
-        else:
-            file.unlink(missing_ok=True)  # of a run that came to nothing
     job = (
         speed
         if args.dry_run == "full" and trains
         else dict(train=train, sample=sample, score=score)[args.task]
     )
-    job(args, running.launch())
+    device = running.launch()
+    if args.task != "score" and running.together((args.out / "config.json").exists()):
+        begin(args)  # a folder that cannot be used is refused before anything is loaded
+    job(args, device)
     if job in (train, sample) and running.ranks()[0] == 0:
         print(f"see {args.out}")
 

@@ -37,7 +37,7 @@ def launch(script, *arguments, ranks=1):
 
 def finish(process):
     """Wait for a process that must end well -> what it printed."""
-    output, _ = process.communicate(timeout=110)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return output
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.testing import assert_close
 import amd
 import running
 from helpers import ROOT, finish, launch, leave_litter, read_log
-from test_amd import Setting, close, hashed, lively
+from test_amd import Setting, clipped_step, close, hashed, lively
 
 
 def parts_of(net):
@@ -60,6 +61,21 @@ def test_every_rank_draws_noise_of_its_own(two_ranks):
     assert len(drawn.unique(dim=0)) == 4
 
 
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_the_norm_that_is_clipped_counts_all_shards(two_ranks, kind, monkeypatch):
+    """Plain SGD and a small clip, for AdamW would not see a wrong scale."""
+    monkeypatch.setattr(torch, "randn_like", hashed)
+    end = clipped_step(Setting(), partial(amd.update, clip=1e-2))
+    close(torch.load(two_ranks / f"clipped_{kind}.pt"), end, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks, kind):
+    """Both iterations of the first update are lost, no weight moves, and the second one is well."""
+    for skipped, unmoved, skipped_later in torch.load(two_ranks / f"broken_{kind}.pt").tolist():
+        assert (skipped, unmoved, skipped_later) == (2, 1, 2)
+
+
 def test_ranks_without_a_shared_disk_say_so(tmp_path):
     """Rank 1 looks for the file of rank 0 in vain: one line, before anything is trained."""
     process = launch("tests/ranks.py", "folders", tmp_path, ranks=2)
@@ -76,7 +92,7 @@ def test_one_process_is_rank_0_of_1():
 
 
 def test_update_is_amds_on_one_process():
-    """Same norms, same step; a shard's norm is that of the whole, which test_two_ranks pins."""
+    """Same norms, same step."""
     nets = [nn.Linear(3, 2), nn.Linear(3, 2)]
     nets[1].load_state_dict(nets[0].state_dict())
     for net, step in zip(nets, (amd.update, running.update), strict=True):
@@ -170,6 +186,13 @@ def test_a_used_folder_is_resumed_or_refused(used):
     assert running.open_run(used, CONFIG, resume=True) == used
 
 
+def test_a_logged_step_counts_as_a_run(tmp_path):
+    running.open_run(tmp_path, CONFIG)
+    running.Log(tmp_path, batch=8)(dict(step=1))
+    with pytest.raises(ValueError, match="holds a run: add --resume"):
+        running.open_run(tmp_path, CONFIG)
+
+
 def test_another_config_is_refused_and_named(used):
     other = dict(CONFIG, lr=2e-3)
     with pytest.raises(ValueError, match=r"another run \(lr 0.001 -> 0.002\)"):
@@ -182,7 +205,7 @@ def test_what_is_free_may_change_and_is_kept(used):
     assert running.read_config(used)["steps"] == 9
 
 
-def test_a_run_that_saved_nothing_may_begin_anew(tmp_path):
+def test_a_run_that_did_nothing_may_begin_anew(tmp_path):
     running.open_run(tmp_path, CONFIG)
     running.open_run(tmp_path, dict(CONFIG, lr=1))
     assert running.read_config(tmp_path)["lr"] == 1
@@ -218,6 +241,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     first.communicate()
     running.open_run(tmp_path, CONFIG)
     assert running.read_config(tmp_path) == CONFIG
+
+
+def test_a_forked_child_does_not_keep_the_folder(tmp_path):
+    """As a worker that outlives the run."""
+    code = HOLD.replace("time.sleep(60)", "import os; os.fork() and os._exit(0); time.sleep(20)")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    first.wait()
+    running.open_run(tmp_path, CONFIG)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -385,7 +417,7 @@ def test_require_raises_what_to_do():
         (OSError("no room"), "sdxl.py: no room\n", 2),
         (FloatingPointError("ten"), "sdxl.py: ten\n", 2),
         (torch.OutOfMemoryError("all used"), "sdxl.py: all used; buy memory\n", 2),
-        (KeyboardInterrupt(), "sdxl.py: interrupted; --resume goes on from the newest", 130),
+        (KeyboardInterrupt(), "sdxl.py: interrupted; with --resume, training", 130),
     ],
 )
 def test_an_expected_error_is_one_line(error, message, code, monkeypatch, capsys):

@@ -48,10 +48,12 @@ def prepare(*flags):
 
 # ---------------------------------------------------------------------------------- DMD2's update
 class DMD2:
-    """One update in DMD2's own equations: the whole UNets, and diffusers' scheduler for the noise.
+    """One update in DMD2's own equations: the oracle of sdxl.py.
 
-    It copies the student and the fake teacher, so it must be made before sdxl.py trains them. Only
-    the draws come from where the docstring of amd.train says. i counts DDPM's time steps, 0 to 999.
+    It calls whole UNets, and diffusers' scheduler adds the noise; nothing of amd.py is in it but
+    the seeds of the draws, which are where the docstring of amd.train says. It copies the student
+    and the fake teacher, so it must be made before sdxl.py trains them. Time steps i are DDPM's, 0
+    to 999; c are the conditions of two groups of four samples.
     """
 
     def __init__(self, run, images):
@@ -77,10 +79,16 @@ class DMD2:
         self.bottleneck = output
 
     def predict_eps(self, net, x_t, i, empty=False):
-        """The noise that a UNet sees; the empty prompt of SDXL is a row of zeros, not of ""."""
+        """The noise that a UNet sees.
+
+        SDXL reads the image's size, where it was cropped, and the size to draw; its empty prompt is
+        an embedding of zeros, not that of "".
+        """
         given = 0 if empty else 1
-        size_crop_target = torch.tensor([[64, 64, 0, 0, 64, 64]] * 8)
-        added = dict(text_embeds=given * self.c["pooled"], time_ids=size_crop_target)
+        added = dict(
+            text_embeds=given * self.c["pooled"],
+            time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]] * 8),
+        )
         return net(x_t, i, given * self.c["text"], added_cond_kwargs=added).sample
 
     def predict_x0(self, net, x_t, i):
@@ -133,12 +141,18 @@ class DMD2:
         return (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
 
     def student_loss(self):
-        """Its gradient at x is that of distribution matching, plus the generator's of the GAN."""
+        """Its gradient at x is that of distribution matching, plus the generator's of the GAN.
+
+        The weight of the GAN is DMD2's for SDXL.
+        """
         target = (self.x - self.distribution_matching()).detach()
         return 0.5 * F.mse_loss(self.x, target) + 5e-3 * F.softplus(-self.logit(self.x)).mean()
 
     def fake_loss(self):
-        """The loss of a diffusion model, plus the discriminator's of the GAN."""
+        """The loss of a diffusion model on the student's samples, plus the discriminator's.
+
+        The weight of the GAN is DMD2's for SDXL.
+        """
         x = self.x.detach()
         x_t = self.grid.add_noise(x, self.eps, self.i)
         denoising = F.mse_loss(self.predict_eps(self.fake, x_t, self.i), self.eps)
@@ -151,20 +165,23 @@ class Update(NamedTuple):
 
     oracle: DMD2
     log: dict
-    steps: dict[str, list]  # by network, what SGD with a rate of 1 took from each parameter
+    steps: dict[str, list]  # by network, what was taken from each parameter
     wanted: dict[str, list]
 
 
 @pytest.fixture(scope="module")
 def dmd2(tmp_path_factory):
-    """One update of sdxl.py with --method dmd2, GAN and all, beside its oracle."""
+    """One update of sdxl.py with --method dmd2, beside its oracle.
+
+    SGD with a rate of 1 takes the gradient itself from the parameters. The head of the GAN is large
+    here, for its part in the gradients to be seen.
+    """
     torch.manual_seed(0)
     images = tmp_path_factory.mktemp("dmd2") / "real"
     pictures(images)
-    flags = ["--method", "dmd2", "--real-data", images, "--lora-rank", 0, "--group", 4]
-    run = prepare(*flags)
+    run = prepare("--method", "dmd2", "--real-data", images, "--lora-rank", 0, "--group", 4)
     for p in run.nets["fake"].head.parameters():
-        p.data.normal_(0, 0.1)  # a GAN whose part in the gradients is large enough to see
+        p.data.normal_(0, 0.1)
 
     oracle = DMD2(run, images)
     wanted = dict(
@@ -175,10 +192,14 @@ def dmd2(tmp_path_factory):
     nets = {name: run.nets[name] for name in wanted}
     before = {name: [p.detach().clone() for p in net.parameters()] for name, net in nets.items()}
     sgd = {name: torch.optim.SGD(net.parameters(), 1.0) for name, net in nets.items()}
-    unclipped = partial(amd.update, clip=1e9)
-    log = next(
-        run.train(opt_student=sgd["student"], opt_fake=sgd["fake"], fake_steps=1, update=unclipped)
+    updates = run.train(
+        opt_student=sgd["student"],
+        opt_fake=sgd["fake"],
+        fake_steps=1,
+        update=partial(amd.update, clip=1e9),
     )
+    log = next(updates)
+
     steps = {}
     for name, net in nets.items():
         pairs = zip(before[name], net.parameters(), strict=True)
@@ -231,7 +252,10 @@ def look(run, name, x_t):
 
 @pytest.fixture(scope="module")
 def adapted():
-    """DMDR with LoRAs, which has all four networks: real, student, fake and the blended teacher."""
+    """Two updates of DMDR with LoRAs.
+
+    It has all four networks: real, student, fake, and the blended teacher between real and fake.
+    """
     torch.manual_seed(0)
     flags = "--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --accum 2 --ema 0.5"
     run = prepare(*flags.split())
@@ -260,7 +284,10 @@ def test_a_lora_stands_on_the_teachers_own_weights(adapted, name):
 
 
 def test_training_loras_leaves_the_teacher_alone(adapted):
-    """None sees another's adapter: the teacher says what it said, student and fake go apart."""
+    """The teacher says what it said, bit for bit, while student and fake go ways of their own.
+
+    So no network sees an adapter of another, though all of them share one base.
+    """
     before, after = adapted.before, adapted.after
     assert after["real"].equal(before["real"])
     assert (after["student"] - before["real"]).abs().max() > 1e-4
@@ -268,7 +295,10 @@ def test_training_loras_leaves_the_teacher_alone(adapted):
 
 
 def test_the_adapted_teacher_goes_from_the_teacher_to_the_fake(adapted):
-    """DMDR and MagicDistillation move the teacher's weights by r: none at 0, to the fake's at 1."""
+    """DMDR and MagicDistillation move the teacher's weights to the fake's by r in [0, 1].
+
+    With a LoRA that is the fake's own adapter, scaled by r.
+    """
     assert adapted.after["blended, r = 0"].equal(adapted.after["real"])
     assert adapted.after["blended, r = 1"].equal(adapted.after["fake"])
 
@@ -323,7 +353,10 @@ def seeded_clip():
 
 @pytest.fixture(scope="module")
 def hps():
-    """The oracle, with the weights of the CLIP that sdxl.py makes for --dry-run tiny."""
+    """The oracle.
+
+    Its CLIP has the weights of the one that sdxl.py makes for --dry-run tiny.
+    """
     vision = open_clip.CLIPVisionCfg(2, 32, 16, patch_size=56)
     text = open_clip.CLIPTextCfg(width=32, heads=2, layers=2)
     seeded_clip()
@@ -352,7 +385,10 @@ class Rewarded(NamedTuple):
 
 @pytest.fixture
 def rewarded():
-    """The reward is called twice, as by two iterations of an update."""
+    """What sdxl.py's reward says of random latents.
+
+    It is called twice, as by the two iterations of an update.
+    """
     pipe = sdxl.random_pipeline(False)
     x = torch.randn(4, 4, 8, 8, requires_grad=True)
     images = ((pipe.vae.decode(x / SCALING).sample + 1) / 2).clamp(0, 1)
@@ -377,7 +413,10 @@ def test_the_reward_is_hpsv2_of_decoded_latents_with_its_gradient(hps, rewarded)
 
 
 def test_the_reward_sees_how_unlike_samples_of_a_prompt_are(rewarded):
-    """A distance for each pair of neighbours of one prompt, here two, in each call of an update."""
+    """A distance for each pair of neighbours of one prompt, here two, in each call of an update.
+
+    Its mean is what the log calls variety.
+    """
     views = torch.stack([HPS.view(image) for image in rewarded.images.detach()])
     apart = torch.stack([(views[i] - views[i + 1]).abs().mean() for i in (0, 2)])
     assert_close(torch.cat(rewarded.seen), torch.cat([apart, apart]))
@@ -386,7 +425,10 @@ def test_the_reward_sees_how_unlike_samples_of_a_prompt_are(rewarded):
 
 # ------------------------------------------------------------------------------- runs and students
 class Run(NamedTuple):
-    """A run that was killed and one that was left alone, both of diffusers' own folder `model`."""
+    """A run that was killed and one that was left alone.
+
+    They lie in folder/killed and folder/whole, and start from diffusers' own folder/model.
+    """
 
     folder: Path
     flags: list[str]
@@ -405,9 +447,13 @@ def run_twice(folder, ranks, steps, kind):
     """
     torch.manual_seed(0)
     sdxl.random_pipeline(False).save_pretrained(folder / "model")
-    flags = ["--dry-run", "tiny", "--no-compile", "--model", str(folder / "model")]
-    flags += ["--steps", str(steps), "--fake-steps", "1", "--save-every", "1", "--log-every", "1"]
-    flags += kind.split()
+    flags = [
+        *("--dry-run", "tiny", "--no-compile"),
+        *("--model", str(folder / "model")),
+        *("--steps", str(steps), "--fake-steps", "1"),
+        *("--save-every", "1", "--log-every", "1"),
+        *kind.split(),
+    ]
     survive(folder, "sdxl", flags, ranks)
     return Run(folder, flags, ranks, steps)
 
@@ -447,7 +493,10 @@ LOGGED = (
 
 
 def test_sdxl_survives_kill_9(run):
-    """The run goes on as if nothing had happened, which `survive` has checked, and logs all."""
+    """The run went on as if nothing had happened, which `survive` has checked.
+
+    Here only what it logs remains to be seen.
+    """
     rows = read_log(run.whole)
     assert len(rows) == run.steps
     assert rows[0].keys() >= {*LOGGED.split()}
@@ -490,7 +539,9 @@ def test_a_student_draws_in_diffusers_what_it_draws_here(run, monkeypatch):
     """
     pipeline = diffusers.StableDiffusionXLPipeline
     call = partialmethod(
-        pipeline.__call__, output_type="pt", generator=torch.Generator().manual_seed(5)
+        pipeline.__call__,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(5),
     )
     monkeypatch.setattr(pipeline, "__call__", call)
     scope = {}
@@ -515,8 +566,12 @@ def sample(run, out, *more):
     """Draw four images of each prompt by a run's student, laid out for GenEval, three at a time."""
     prompts = run.folder / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps(row) for row in PROMPTS))
-    flags = ["--prompts", prompts, "--layout", "geneval", "--init", run.whole, "--out", out]
-    run_main("sdxl", ["sample", *run.flags, *flags, *more])
+    flags = [
+        *run.flags,
+        *("--prompts", prompts, "--layout", "geneval"),
+        *("--init", run.whole, "--out", out),
+    ]
+    run_main("sdxl", ["sample", *flags, *more])
 
 
 def images_of(out, row):
