@@ -921,7 +921,8 @@ def clip_and_step(opts: Sequence[torch.optim.Optimizer], norms: Tensor, clip: fl
     if not norms.isfinite().all():
         return
     for opt, norm in zip(opts, norms.tolist(), strict=True):
-        torch._foreach_mul_(gradients(opt), min(1.0, clip / (norm + 1e-6)))
+        if norm > clip:
+            torch._foreach_mul_(gradients(opt), clip / norm)
         opt.step()
 
 

@@ -1087,7 +1087,7 @@ def test_micro_batches_change_nothing(name, aware, monkeypatch):
     ends, logs = [], []
     for accum in (1, 2):
         it = Setting(accum=accum)
-        logs.append(it.run(lively(name), 3, K=8, aware=it.aware if aware else None)[-1])
+        logs.append(it.run(lively(name), 2, K=8, aware=it.aware if aware else None)[-1])
         ends.append(it.weights())
     close(ends[1], ends[0], rtol=1e-9, atol=1e-9)
     assert logs[1].keys() == logs[0].keys()

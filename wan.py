@@ -629,21 +629,18 @@ def read_file(path):
 def watch(frames, fps=2.0, most=200_704):
     """VideoAlign's view of frames (T, 3, H, W) uint8 at 16 a second: `fps` of them, an even number, at least 4 if there
     are, resized to multiples of 28 and `most` pixels. ValueError: a single frame."""
-    total, smart = (
-        len(frames),
-        lib("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize,
-    )
+    total = len(frames)
     if total < 2:
         raise ValueError("VideoAlign rates motion, and there is one frame: give --frames 2 or more")
-    n, v2 = (
-        2 * round(min(max(total / FPS * fps, 4), total // 2 * 2) / 2),
-        lib("torchvision.transforms.v2"),
-    )
-    frames, size = (
-        frames[torch.linspace(0, total - 1, n).round().long()],
-        smart(*frames.shape[2:], 28, 100_352, most),
-    )
-    return v2.functional.resize(frames, size, v2.InterpolationMode.BICUBIC, antialias=True)
+    n = 2 * round(min(max(total / FPS * fps, 4), total // 2 * 2) / 2)
+    frames = frames[torch.linspace(0, total - 1, n).round().long()]
+    smart = lib("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize
+    size = smart(*frames.shape[2:], 28, 100_352, most)
+    T = lib(
+        "torchvision.transforms"
+    )  # not v2, whose uint8 path gives other pixels than VideoAlign's
+    bicubic = T.InterpolationMode.BICUBIC
+    return T.functional.resize(frames, list(size), bicubic, antialias=True)
 
 
 OURS = [

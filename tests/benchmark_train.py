@@ -1,8 +1,9 @@
 """What amd.train costs beside the bare calls of its networks: python tests/benchmark_train.py.
 
 The networks are perceptrons whose forward pass takes some 10 ms. The bare loop calls them just as
-often as an update of AMD must, with the same backward passes and optimizers, and does nothing else.
-Both take turns, so that a noisy machine hits both alike; the ratio of medians is printed.
+often as an update of AMD must, with the same backward passes, clipping and optimizers, and does
+nothing else. Both take turns, so that a noisy machine hits both alike; the ratio of medians is
+printed.
 """
 
 import argparse
@@ -58,6 +59,8 @@ class Bare:
                 x.square().mean().backward()
             stepping = self.opts if i == 0 else self.opts[1:]
             for opt in stepping:
+                params = opt.param_groups[0]["params"]
+                nn.utils.clip_grad_norm_(params, 10.0)
                 opt.step()
                 opt.zero_grad()
 
@@ -70,8 +73,8 @@ def seconds(call):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=1024, help="of the perceptrons (1024)")
-    parser.add_argument("--batch", type=int, default=128, help="samples of an update (128)")
+    parser.add_argument("--width", type=int, default=1152, help="of the perceptrons (1152)")
+    parser.add_argument("--batch", type=int, default=256, help="samples of an update (256)")
     parser.add_argument("--rounds", type=int, default=30, help="updates of each kind (30)")
     args = parser.parse_args()
 

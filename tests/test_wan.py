@@ -446,8 +446,8 @@ def test_videoalign_is_its_definition(tmp_path, columns):
     rate = wan.load_videoalign(wan.parse(["--videoalign", str(folder)]), CPU)
 
     fox, owl = by_hand(frames, "a fox"), by_hand(frames, "an owl")
-    assert_close(rate(frames, "a fox"), fox, rtol=1e-3, atol=1e-4)
-    assert_close(rate(frames, "an owl"), owl, rtol=1e-3, atol=1e-4)
+    assert_close(rate(frames, "a fox"), fox, rtol=1e-5, atol=1e-5)
+    assert_close(rate(frames, "an owl"), owl, rtol=1e-5, atol=1e-5)
     assert fox[:2].equal(owl[:2])
     assert fox[2] != owl[2]
 
