@@ -804,7 +804,10 @@ def key(*ints: int) -> int:
 
 def rollout(student: Callable, c: Condition, u: float, seed: int, grad: bool) -> Exit:
     """Alg. 1 l. 3: samples of c, in float32 or 64. The same seed makes the same samples."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # where it would spend half a millisecond on each kind of accelerator that is not there
+        torch.default_generator.manual_seed(seed)
     with torch.set_grad_enabled(grad):
         made = student(c, u)
         if isinstance(made, Tensor):

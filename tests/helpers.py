@@ -1,4 +1,8 @@
-"""What several test files share: real processes, a run that is killed, pictures."""
+"""What several test files share: real processes, a run that is killed, pictures.
+
+A process is one of torchrun's, or a fork of the test's own. The scripts run in forks, because their
+imports take long; what only torchrun can show is tested under torchrun.
+"""
 
 import json
 import os
@@ -20,13 +24,26 @@ CPU = torch.device("cpu")
 
 
 def launch(script, *arguments, ranks=2):
-    """Start a script under torchrun -> the process."""
+    """Start a script under torchrun -> the process, which works beside the test.
+
+    The port is random, so that two test runs on one machine do not meet there. Each rank computes
+    on one thread, because all of them share the cores.
+    """
     port = random.randint(20_000, 40_000)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, f"--master-port={port}", str(ROOT / script), *map(str, arguments)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        f"--master-port={port}",
+    ]
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        PYTHONWARNINGS="ignore",
+    )
     return subprocess.Popen(
-        command,
+        [*torchrun, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,7 +52,10 @@ def launch(script, *arguments, ranks=2):
 
 
 def finish(process):
-    """Wait for a process that must end well -> what it printed."""
+    """Wait for a process that must end well -> what it printed.
+
+    One that fails tells why at the end of its output, so that end is what the assertion shows.
+    """
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return output
@@ -45,7 +65,7 @@ class Forked:
     """main(parse(arguments)) of a script in processes of their own, one a rank.
 
     They are forks of this one, with the environment that torchrun gives, which spares each of them
-    the quarter of a minute that the imports take.
+    the quarter of a minute that the imports take. A test kills them, or waits until they finish.
     """
 
     def __init__(self, script, arguments, ranks=1):
@@ -61,7 +81,11 @@ class Forked:
             self.pids.append(pid)
 
     def be(self, lib, rank, ranks):
-        """What a child does; it never returns."""
+        """What a child does; it never returns.
+
+        An exception that got out would go on with the test suite in the child, so all of them are
+        caught: they are printed to the output, and the child ends with exit code 1.
+        """
         code = 1
         try:
             os.dup2(self.output.fileno(), 1)
@@ -83,24 +107,44 @@ class Forked:
             os._exit(code)
 
     def running(self):
-        """Is the first rank still at work?"""
-        return os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        """Is the first rank still at work?
+
+        WNOWAIT leaves a child that has ended for `kill` or `finish` to wait for.
+        """
+        ended = os.waitid(
+            os.P_PID,
+            self.pids[0],
+            os.WEXITED | os.WNOHANG | os.WNOWAIT,
+        )
+        return ended is None
 
     def kill(self):
-        """kill -9, all ranks."""
+        """kill -9, all ranks: none of them can save anything or clean up.
+
+        It returns when all are gone, and with them their locks on the folder of the run.
+        """
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
         for pid in self.pids:
             os.waitpid(pid, 0)
 
     def finish(self):
-        """Wait for the ranks, which must end well."""
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+        """Wait for the ranks, which must end well.
+
+        Where one does not, the assertion shows the end of what all of them printed.
+        """
+        codes = []
+        for pid in self.pids:
+            _, status = os.waitpid(pid, 0)
+            codes.append(os.waitstatus_to_exitcode(status))
         assert not any(codes), Path(self.output.name).read_text()[-3000:]
 
 
 def run_main(script, arguments):
-    """main(parse(arguments)) of a script in this process."""
+    """main(parse(arguments)) of a script in this process.
+
+    It is what the command line does, without a new process and its imports.
+    """
     torch.set_num_threads(1)
     lib = __import__(script)
     return lib.main(lib.parse([str(v) for v in arguments]))
@@ -110,7 +154,7 @@ def survive(folder, script, flags, ranks):
     """A run is killed after a checkpoint and resumed; beside it, one is left alone.
 
     Both must write the same student, and the same numbers to log.jsonl, bit for bit. They lie in
-    folder/killed and folder/whole.
+    folder/killed and folder/whole. The second is the oracle, and its folder is what comes back.
     """
     killed, whole = folder / "killed", folder / "whole"
     beside = Forked(script, [*flags, "--out", whole], ranks)
@@ -122,34 +166,49 @@ def survive(folder, script, flags, ranks):
 
     leave_litter(killed)
     beside.finish()
-    Forked(script, [*flags, "--out", killed, "--resume"], ranks).finish()
+    resumed = Forked(script, [*flags, "--out", killed, "--resume"], ranks)
+    resumed.finish()
 
     for path in (whole / "student").iterdir():
-        assert path.read_bytes() == (killed / "student" / path.name).read_bytes()
-    rows, resumed = read_log(whole), read_log(killed)
-    assert [row["step"] for row in resumed] == [*range(1, len(rows) + 1)]
-    for row, other in zip(rows, resumed, strict=True):
+        same_file = killed / "student" / path.name
+        assert path.read_bytes() == same_file.read_bytes()
+
+    rows, rows_resumed = read_log(whole), read_log(killed)
+    steps = [row["step"] for row in rows_resumed]
+    assert steps == [*range(1, len(rows) + 1)]
+    for row, other in zip(rows, rows_resumed, strict=True):
         assert without_times(row) == without_times(other)
     return whole
 
 
 def without_times(row):
-    """A row of log.jsonl, less what no two runs have in common."""
-    return {k: v for k, v in row.items() if k not in ("sec", "samples_per_s", "mem_gib")}
+    """A row of log.jsonl, less what no two runs have in common.
+
+    These are how long the update took, and the memory that it needed.
+    """
+    unlike = ("sec", "samples_per_s", "mem_gib")
+    return {k: v for k, v in row.items() if k not in unlike}
 
 
 def leave_litter(run):
-    """What a kill may leave, and what a user may add: none of it counts."""
+    """What a kill may leave, and what a user may add: none of it counts.
+
+    A kill leaves half a row in the log, and a checkpoint that was not renamed yet. A user may copy
+    a checkpoint beside the others, and must not find the copy loaded or removed.
+    """
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 1')
-    (run / "checkpoints/unfinished_99").mkdir()
-    (run / "checkpoints/step_99.good").mkdir()
-    (run / "checkpoints/step_98_1").mkdir()
+    for name in ("unfinished_99", "step_99.good", "step_98_1"):
+        (run / "checkpoints" / name).mkdir()
 
 
 def read_log(run):
-    """The rows of a run's log.jsonl."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """The rows of a run's log.jsonl, as dicts.
+
+    Every row must be whole: half a row that a kill has left ends in an error.
+    """
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def picture(path):
@@ -158,12 +217,22 @@ def picture(path):
 
 
 def pictures(folder, count=5):
-    """A folder of random images of unlike sizes, with metadata.jsonl {file_name, text}."""
+    """A folder of random images of unlike sizes, with metadata.jsonl {file_name, text}.
+
+    They are the same in each call. Each is 100 pixels high, and from 85 to 125 wide, so that a
+    script has to cut them to one size.
+    """
     random_pixels = np.random.default_rng(0)
     folder.mkdir()
     rows = []
     for i in range(count):
-        pixels = random_pixels.integers(0, 256, (100, 85 + 10 * i, 3), dtype="uint8")
+        pixels = random_pixels.integers(
+            0,
+            256,
+            (100, 85 + 10 * i, 3),
+            dtype="uint8",
+        )
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append(json.dumps(dict(file_name=f"{i}.png", text=f"noise number {i}")))
+        row = dict(file_name=f"{i}.png", text=f"noise number {i}")
+        rows.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(rows))

@@ -1,4 +1,8 @@
-"""What test_running.py has two processes do: torchrun ... ranks.py TASK FOLDER."""
+"""What test_running.py has two processes do: torchrun ... ranks.py TASK FOLDER.
+
+TASK is `methods` or `folders`, a function of this file, and FOLDER is where rank 0 leaves what the
+ranks have made. test_running.py has the oracle for each of them: the same on one process.
+"""
 
 import os
 import sys
@@ -15,37 +19,78 @@ import running  # noqa: E402
 from test_amd import Setting, clipped_step, hashed, lively  # noqa: E402
 
 
+def shard_all(net):
+    """Shard a network of test_amd.py over the ranks by FSDP2, its first layer as a block.
+
+    It keeps float64, so that sharded weights can be held against whole ones to 1e-9.
+    """
+    return running.shard(net, [net.body], dtype=None)
+
+
+KINDS = {
+    "plain": lambda net: net,  # whole on each rank
+    "sharded": shard_all,
+}
+
+
+def save(value, path):
+    """Write what all ranks have in common, which rank 0 alone may do."""
+    if running.ranks().rank == 0:
+        torch.save(value, path)
+
+
 def methods(folder):
-    """Three updates of each row of Table 1, in two micro-batches a rank, plain and sharded."""
+    """All that the fixture `two_ranks` holds, in one task, because two ranks take long to start.
+
+    NAME_KIND_AWARE.pt are the weights and the log after three updates of a row of Table 1, in two
+    micro-batches a rank, plain and sharded. The noise is `hashed`: that of a sample is the same on
+    any rank, so the oracle, one process with one batch, has it too.
+    """
     noise(folder)
     broken(folder)
     clipped(folder)
     torch.randn_like = hashed
     torch.rand_like = hashed
-    for kind, shard in (("plain", lambda net: net), ("sharded", shard_all)):
+    for kind, shard in KINDS.items():
         for name in amd.METHODS:
             for aware in (False, True):
-                it = Setting(ranks=running.ranks(), accum=2, shard=shard)
-                given = dict(K=8, update=running.update, aware=it.aware if aware else None)
-                log = it.run(lively(name), 3, **given)[-1]
-                end = dict(weights=it.weights(), log={k: float(v) for k, v in log.items()})
-                if running.ranks().rank == 0:
-                    torch.save(end, folder / f"{name}_{kind}_{aware}.pt")
+                it = Setting(
+                    ranks=running.ranks(),
+                    accum=2,
+                    shard=shard,
+                )
+                log = it.run(
+                    lively(name),
+                    3,
+                    K=8,
+                    update=running.update,
+                    aware=it.aware if aware else None,
+                )[-1]
+                numbers = {k: float(v) for k, v in log.items()}
+                end = dict(weights=it.weights(), log=numbers)
+                save(end, folder / f"{name}_{kind}_{aware}.pt")
 
 
 def clipped(folder):
-    """A step of plain SGD whose clip is at work: the norm must be that of all shards."""
+    """clipped_KIND.pt: a step of plain SGD whose clip is at work.
+
+    The norm that is clipped must be that of all shards. A rank that saw its own shard alone would
+    scale its gradients too little.
+    """
     torch.randn_like = hashed
-    for kind, shard in (("plain", lambda net: net), ("sharded", shard_all)):
+    for kind, shard in KINDS.items():
         it = Setting(ranks=running.ranks(), shard=shard)
         end = clipped_step(it, partial(running.update, clip=1e-2))
-        if running.ranks().rank == 0:
-            torch.save(end, folder / f"clipped_{kind}.pt")
+        save(end, folder / f"clipped_{kind}.pt")
 
 
 def broken(folder):
-    """x is NaN on rank 1 alone, then nowhere: what each rank skipped, and whether weights moved."""
-    for kind, shard in (("plain", lambda net: net), ("sharded", shard_all)):
+    """broken_KIND.pt: for each rank, what it did when x was NaN on rank 1 alone, then nowhere.
+
+    A row is of one rank: what was skipped in the first update, whether its weights were left as
+    they were, and what was skipped when the second one had been done.
+    """
+    for kind, shard in KINDS.items():
         it = Setting(ranks=running.ranks(), shard=shard)
         before = it.weights()
         rollouts = []
@@ -56,21 +101,25 @@ def broken(folder):
             bad = running.ranks().rank == 1 and len(rollouts) <= 2
             return (x * torch.nan if bad else x), t_G
 
-        logs = it.train(amd.method("amd"), student=student, K=8, update=running.update)
+        logs = it.train(
+            amd.method("amd"),
+            student=student,
+            K=8,
+            update=running.update,
+        )
         first = next(logs)
         same = all(v.equal(before[k]) for k, v in it.weights().items())
-        told = torch.tensor([[first["skipped"], same, next(logs)["skipped"]]])
-        told = running.gather(told)
-        if running.ranks().rank == 0:
-            torch.save(told, folder / f"broken_{kind}.pt")
+        second = next(logs)
 
-
-def shard_all(net):
-    return running.shard(net, [net.body], dtype=None)
+        told = torch.tensor([[first["skipped"], same, second["skipped"]]])
+        save(running.gather(told), folder / f"broken_{kind}.pt")
 
 
 def noise(folder):
-    """The noise that each rank draws in an update, gathered."""
+    """noise.pt: what each rank draws from torch's generator in an update, a row for a rollout.
+
+    Rows of one rank lie together, because gather puts ranks in order.
+    """
     it = Setting(ranks=running.ranks())
     drawn = []
 
@@ -78,15 +127,23 @@ def noise(folder):
         drawn.append(torch.rand(1, 3))
         return it.generate(c, u)
 
-    it.run(amd.method("dmd"), 1, student=student, K=8, update=running.update)
-    drawn = running.gather(torch.cat(drawn))
-    if running.ranks().rank == 0:
-        torch.save(drawn, folder / "noise.pt")
+    it.run(
+        amd.method("dmd"),
+        1,
+        student=student,
+        K=8,
+        update=running.update,
+    )
+    save(running.gather(torch.cat(drawn)), folder / "noise.pt")
 
 
 def folders(folder):
-    """Each rank has a disk of its own, as machines without a shared one."""
-    running.open_run(folder / f"disk_{running.ranks().rank}", dict(lr=1))
+    """Each rank has a disk of its own, as machines without a shared one.
+
+    open_run must raise on both ranks, and running.run makes one line of that.
+    """
+    disk = folder / f"disk_{running.ranks().rank}"
+    running.open_run(disk, dict(lr=1))
 
 
 if __name__ == "__main__":
