@@ -48,7 +48,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import cos, nan, pi
+from math import cos, pi
 from typing import Any, NamedTuple
 
 import torch
@@ -844,7 +844,7 @@ def sense(
     """Alg. 1 l. 4-6 and 17 -> a, W (N,) of all ranks and micro-batches, and numbers for the log.
 
     Both are on the CPU, in order of rank, micro-batch, place; gathering the rewards is the one
-    synchronisation. Where an x is not finite, all are NaN, and so are the gradients on every rank.
+    synchronisation. An x that is not finite has no advantage; its losses tell `update` of it.
     """
     xs = [made.x.detach() for made in exits]
     N = sum(map(len, xs)) * ranks.size
@@ -862,10 +862,8 @@ def sense(
     if not r[finite > 0].isfinite().all():
         raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
     log = dict(reward=r.mean(), reward_std=r.view(-1, K).std(1, unbiased=False).mean())
-    if not method.senses:
+    if not (method.senses and finite.all()):
         return torch.zeros(N), torch.ones(N), log
-    if not finite.all():
-        return torch.full((N,), nan), torch.full((N,), nan), log
     a = group_advantage(r, K)
     W = method.W(a)
     if method.unit_w:
