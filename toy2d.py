@@ -1,112 +1,142 @@
-"""The 2D lab of AMD: a 3x3 grid of Gaussians as the data, its exact teacher, and the paper's figures. Two CPU cores do.
+"""The 2D lab of AMD: nine Gaussians on a grid, a teacher that is exact, and the paper's figures.
 
-    python toy2d.py --reward selective    # Fig. 7: where the reward suppresses modes (global: where not), < 60 s
+    python toy2d.py --reward selective    # Fig. 7: the reward suppresses modes
     python toy2d.py --figure zone         # Figs. 1, 2: the Forbidden Zone, measured
     python toy2d.py --figure naive        # Fig. 8: Eq. 8 against Eq. 10
     python toy2d.py --figure ablation     # Figs. 5, 6 in small: which half of AMD does what
     python toy2d.py --figure methods      # Table 1, run
-    python toy2d.py --figure tilt         # what AMD converges to; --figure all makes all of them
+    python toy2d.py --figure tilt         # what AMD converges to
+    python toy2d.py --figure exits        # a student of four steps, exit by exit
+    python toy2d.py --animate             # DMD, naive and AMD, moving
 
-Each writes <figure>.png and <figure>.json under --out and prints a table: the mean and standard deviation over seeds, a
-process each. The condition is a class, the row of the grid; class 3 is the empty condition.
+A laptop with two cores does. Each figure is written to --out as a picture and a table in json, and
+the table is printed: mean and standard deviation over seeds, each of which is a process of its own.
+A condition is a class, which is a row of the grid; class 3 is the empty condition.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import amd
 
 STD, SPACING = 0.15, 2.0
-MODES = (
-    torch.tensor([[x, y] for y in (-1, 0, 1) for x in (-1, 0, 1)]) * SPACING
-)  # (9, 2), mode 3 * row + column
+MODES = torch.tensor([[x, y] for y in (-1, 0, 1) for x in (-1, 0, 1)]) * SPACING  # 3 row + column
 ROW = torch.arange(9) // 3
-GOOD = {
+GOOD = {  # the rewarded modes of each reward
     "selective": [0, 2, 4, 6, 8],
     "global": list(range(9)),
     "corner": [0, 1, 3],
-}  # the rewarded modes
+}
 TAU = {"selective": 0.2, "global": 1.0, "corner": 1.0}
-SAMPLES, LR, FAKE_LR, FAKE_STEPS = 9000, 1.5e-3, 3e-3, 4
+SAMPLES = 9000  # that are measured
+STUDENT_LR, FAKE_LR = 1.5e-3, 3e-3
 
 
-# ----------------------------------------------------------------------------------------------- data, reward, teachers
-def real_samples(y):
-    """Data of classes y (B,), 3 = any -> (B, 2)."""
+class Condition(NamedTuple):
+    """What networks are told."""
+
+    y: Tensor  # class (B,), 3 = empty
+    z: Tensor | None = None  # the student's noise (B, 2)
+    exit: Tensor | None = None  # for an exit-aware fake: the student's exit (B,)
+
+
+def null(c: Condition) -> Condition:
+    """The empty condition, with the same noise and exit."""
+    return c._replace(y=torch.full_like(c.y, 3))
+
+
+# --------------------------------------------------------------------------- data, reward, teachers
+def real_samples(y: Tensor) -> Tensor:
+    """Data of classes y (B,), where 3 is any -> (B, 2)."""
     row = torch.where(y < 3, y, torch.randint(0, 3, y.shape))
     return MODES[3 * row + torch.randint(0, 3, y.shape)] + STD * torch.randn(len(y), 2)
 
 
-def energy(x):
-    """E_real = -log p_real, exact, of all nine modes: (B, 2) -> (B,)."""
-    return math.log(9 * 2 * math.pi * STD**2) - torch.logsumexp(
-        -(torch.cdist(x, MODES) ** 2) / (2 * STD**2), 1
-    )
+def energy(x: Tensor) -> Tensor:
+    """E_real = -log p_real of all nine modes, exact: (B, 2) -> (B,)."""
+    closeness = torch.logsumexp(-(torch.cdist(x, MODES) ** 2) / (2 * STD**2), 1)
+    return math.log(9 * 2 * math.pi * STD**2) - closeness
 
 
-def exact_teacher(x_t, t, c):
-    """E[x0 | x_t, class] of the mixture, a Denoiser; c = (classes (B,), noise)."""
-    alpha, var = (1 - t)[:, None], ((1 - t) ** 2 * STD**2 + t**2)[:, None]
+def exact_teacher(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """The Denoiser E[x0 | x_t, class] of the mixture, by Bayes' rule."""
+    alpha = (1 - t)[:, None]
+    var = ((1 - t) ** 2 * STD**2 + t**2)[:, None]
     diff = x_t[:, None] - alpha[..., None] * MODES  # (B, 9, 2)
-    logp = (-diff.square().sum(2) / (2 * var)).masked_fill(
-        (c[0][:, None] < 3) & (c[0][:, None] != ROW), -torch.inf
-    )
-    return (logp.softmax(1)[..., None] * (MODES + (alpha * STD**2 / var)[..., None] * diff)).sum(1)
+    other_class = (c.y[:, None] < 3) & (c.y[:, None] != ROW)
+    logp = (-diff.square().sum(2) / (2 * var)).masked_fill(other_class, -torch.inf)
+    x0_of_mode = MODES + (alpha * STD**2 / var)[..., None] * diff
+    return (logp.softmax(1)[..., None] * x0_of_mode).sum(1)
 
 
-def reward_of(name):
-    """Sum over the rewarded modes of exp(-d^2 / (2 * 0.4^2)), or for "linear" the way to the lower left."""
+def reward_of(name: str) -> Callable[[Tensor, Condition | None], Tensor]:
+    """A reward (x, c) -> (B,): bumps of width .4 on its modes; "linear" rises to the lower left."""
     if name == "linear":
-        return lambda x, c: -x.sum(1)
-    return lambda x, c: (-(torch.cdist(x, MODES[GOOD[name]]) ** 2) / (2 * 0.4**2)).exp().sum(1)
+        return lambda x, _c: -x.sum(1)
+    centres = MODES[GOOD[name]]
+    return lambda x, _c: (-(torch.cdist(x, centres) ** 2) / (2 * 0.4**2)).exp().sum(1)
 
 
 class MLP(nn.Module):
-    """Velocity network of teacher, student and fake. Without the sines of x and a condition in every layer, the middle
-    mode of each row starves: a narrow MLP maps all rows alike."""
+    """The velocity network of teacher, student and fake.
 
-    def __init__(self, width=128):
+    Sines of x, and the condition in every layer: without them the middle mode of each row starves,
+    for a narrow network maps all rows alike.
+    """
+
+    def __init__(self, width: int = 128):
         super().__init__()
         self.register_buffer("f_x", math.pi / 8 * torch.tensor([1.0, 2.0, 4.0]))
         self.register_buffer("f_t", math.pi / 2 * torch.tensor([1.0, 2.0, 4.0, 8.0]))
-        self.x_in, self.out, self.head = (
-            nn.Linear(14, width),
-            nn.Linear(width, 2),
-            nn.Linear(width, 1),
-        )
+        self.x_in = nn.Linear(14, width)
+        self.out = nn.Linear(width, 2)
+        self.head = nn.Linear(width, 1)  # DMD2's discriminator
         self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
         self.cond = nn.ModuleList([nn.Linear(12, width) for _ in range(3)])
+        self.exits = nn.Parameter(torch.zeros(8, 12))  # what an exit adds to time and class
 
-    def features(self, x, t, y):
-        e, p = t[:, None] * self.f_t, (x[..., None] * self.f_x).flatten(1)
-        e = torch.cat([e.sin(), e.cos(), F.one_hot(y, 4).to(x)], 1)
-        h = F.silu(self.x_in(torch.cat([x, p.sin(), p.cos()], 1)) + self.cond[0](e))
+    def features(self, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """The last hidden layer (B, width)."""
+        angle_t = t[:, None] * self.f_t
+        angle_x = (x[..., None] * self.f_x).flatten(1)
+        told = torch.cat([angle_t.sin(), angle_t.cos(), F.one_hot(c.y, 4).to(x)], 1)
+        if c.exit is not None:
+            told = told + self.exits[c.exit]
+        seen = torch.cat([x, angle_x.sin(), angle_x.cos()], 1)
+        h = F.silu(self.x_in(seen) + self.cond[0](told))
         for layer, cond in zip(self.hidden, self.cond[1:], strict=True):
-            h = F.silu(layer(h) + cond(e))
+            h = F.silu(layer(h) + cond(told))
         return h
 
-    def forward(self, x, t, c):
-        return self.out(self.features(x, t, c[0]))
+    def forward(self, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return self.out(self.features(x, t, c))
 
 
-def loaded(weights):
-    (net := MLP()).load_state_dict(weights)
+def loaded(weights: dict) -> MLP:
+    """An MLP of these weights."""
+    net = MLP()
+    net.load_state_dict(weights)
     return net
 
 
-def descend(net, loss_of, lr, steps):
-    """AdamW on loss_of(), the rate falling to 0 over the second half."""
+def descend(net: MLP, loss_of: Callable[[], Tensor], lr: float, steps: int) -> None:
+    """AdamW on a loss; the rate falls to 0 over the second half."""
     opt = torch.optim.AdamW(net.parameters(), lr, fused=True)
     for i in range(steps):
         opt.param_groups[0]["lr"] = lr * min(1, 2 - 2 * i / steps)
@@ -116,593 +146,804 @@ def descend(net, loss_of, lr, steps):
         tick(i)
 
 
-def fit(job):
-    """Flow matching on the data: the learned teacher, and everyone's start -> weights."""
-    torch.manual_seed(job["seed"])
+# ------------------------------------------------------------------------------------- distillation
+@dataclass(frozen=True)
+class Arm:
+    """How a student is distilled.
+
+    method, s, tau, lam, w and fake_steps are those of amd.method and amd.train.
+
+    levels   of the student's steps, falling from 1
+    learned  is the teacher the fitted network, and not the exact one?
+    sharpen  False: W = 1, so that Dynamic Score Adaptation works alone
+    aware    is the fake told the exit of a sample?
+    """
+
+    method: str = "amd"
+    reward: str = "selective"
+    s: float = 0.5
+    tau: float = 1.0
+    lam: float = 0.0
+    w: float = 1.0
+    levels: tuple[float, ...] = (1.0,)
+    learned: bool = False
+    sharpen: bool = True
+    aware: bool = False
+    fake_steps: int = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to do: a seed of an arm, or of what all arms start from.
+
+    steps  student updates, or steps of the fit
+    K      samples in a group
+    batch  samples in an update
+    start  weights of the fitted network
+    shots  updates after which samples are taken
+    """
+
+    seed: int
+    steps: int
+    K: int = 16
+    batch: int = 256
+    arm: Arm = Arm()
+    start: dict | None = None
+    shots: frozenset[int] = frozenset()
+
+
+class Result(NamedTuple):
+    """Samples (9000, 2) of a student; their classes take turns."""
+
+    shots: dict[int, Tensor]  # by update, of its sampler
+    exits: list[Tensor]  # in the end, exit by exit
+
+    @property
+    def last(self) -> Tensor:
+        return self.shots[max(self.shots)]
+
+
+def seeded(*ints: int) -> torch.Generator:
+    """A generator whose draws depend on the integers alone."""
+    return torch.Generator().manual_seed(amd.key(*ints))
+
+
+def fit(job: Job) -> dict:
+    """Flow matching on the data -> weights.
+
+    They are the learned teacher's, and the start of student and fake.
+    """
+    torch.manual_seed(job.seed)
     net, classes = MLP(), torch.arange(512) % 3
 
     def loss():
-        x, t, y = (
-            real_samples(classes),
-            torch.rand(512),
-            torch.where(torch.rand(512) < 0.1, 3, classes),
-        )
+        x = real_samples(classes)
+        t = torch.rand(512)
+        y = torch.where(torch.rand(512) < 0.1, 3, classes)
         eps = torch.randn_like(x)
-        return F.mse_loss(net(amd.renoise(x, t, eps), t, (y,)), eps - x)
+        return F.mse_loss(net(amd.renoise(x, t, eps), t, Condition(y)), eps - x)
 
-    descend(net, loss, 2e-3, job["steps"])
+    descend(net, loss, 2e-3, job.steps)
     return net.state_dict()
 
 
-# ------------------------------------------------------------------------------------------------------- distillation
-ARM = dict(s=0.5, tau=1.0, lam=0.0, w=1.0, student_steps=1, learned=False, sharpen=True)
+def distill(job: Job) -> Result:
+    """amd.train of one arm and seed, with samples along the way.
 
+    The student takes one call a step; all networks begin as the fitted one. The learning rates are
+    constant for a fifth of the updates, and then fall to 0.
+    """
+    arm, seed, steps = job.arm, job.seed, job.steps
+    student, fake = loaded(job.start), loaded(job.start)
+    real, blended = loaded(job.start), loaded(job.start)
+    teacher = amd.x0_from_flow(real) if arm.learned else exact_teacher
+    # no momentum, for student and fake chase each other
+    adam = {
+        net: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), fused=True)
+        for net, lr in ((student, STUDENT_LR), (fake, FAKE_LR))
+    }
 
-def distill(job):
-    """amd.train of one arm and seed -> {step: samples (9000, 2)} at the steps of job["shots"]; classes are i mod 3."""
-    arm, seed, K, steps = ARM | job["arm"], job["seed"], job["K"], job["steps"]
-    student, fake, real, blended = (loaded(job["start"]) for _ in range(4))
-    opts = {
-        torch.optim.AdamW(
-            net.parameters(), lr, betas=(0.0, 0.99), fused=True
-        ): lr  # no momentum: one chases the
-        for net, lr in ((student, LR), (fake, FAKE_LR))
-    }  # other
-    teacher, levels = (
-        amd.x0_from_flow(real) if arm["learned"] else exact_teacher,
-        [1.0, 0.5][: arm["student_steps"]],
-    )
+    def batch(n, _j):
+        """Groups take the classes in turn; the noise rides along, for DMD's pairs."""
+        y = ((torch.arange(job.batch // job.K) + n) % 3).repeat_interleave(job.K)
+        return Condition(y, torch.randn(job.batch, 2, generator=seeded(seed, n)))
 
-    def batch(n, j):  # groups take the classes in turn; z rides along, for DMD's pairs
-        y = ((torch.arange(job["batch"] // K) + n) % 3).repeat_interleave(K)
-        return y, torch.randn(job["batch"], 2, generator=seeded(seed, n))
+    def generate(c, u):
+        return amd.backward_simulation(amd.x0_from_flow(student), c.z, c, arm.levels, u)
 
-    generate = lambda c, u: amd.backward_simulation(amd.x0_from_flow(student), c[1], c, levels, u)
-    truth = lambda c: (
-        solve(teacher, c, arm["w"]) if arm["method"] == "dmd" else real_samples(c[0])
-    )  # pairs, or data
+    def truth(c):
+        """DMD's pairs, or DMD2's data."""
+        return solve(teacher, c, arm.w) if arm.method == "dmd" else real_samples(c.y)
+
+    def logits(x_t, t, c):
+        return fake.head(fake.features(x_t, t, c))[:, 0]
 
     def adapt(r):
         amd.blend(blended, real, fake, r)
         return amd.x0_from_flow(blended)
 
-    method = amd.method(
-        arm["method"],
-        s=arm["s"],
-        tau=arm["tau"],
-        lam=arm["lam"],
-        fade=max(1, steps // 2),
-        unit_w=True,
-    )
-    method = method if arm["sharpen"] else method._replace(W=amd.W_one)
-    logs = amd.train(
+    def aware(c, t_G):
+        return c._replace(exit=torch.full_like(c.y, arm.levels.index(t_G)))
+
+    hyper = dict(s=arm.s, tau=arm.tau, fade=max(1, steps // 2))
+    method = amd.method(arm.method, lam=arm.lam, unit_w=True, **hyper)
+    if not arm.sharpen:
+        method = method._replace(W=amd.W_one)
+    updates = amd.train(
         method,
         generate,
         teacher,
         amd.x0_from_flow(fake),
         batch,
-        *opts,
-        reward=reward_of(arm["reward"]),
-        K=K,
+        adam[student],
+        adam[fake],
+        reward=reward_of(arm.reward),
+        K=job.K,
         null=null,
-        w=arm["w"],
+        w=arm.w,
         normalize=False,
         truth=truth,
+        logits=logits,
         adapt=adapt,
+        aware=aware if arm.aware else None,
+        fake_steps=arm.fake_steps,
         seed=seed,
-        logits=lambda x_t, t, c: fake.head(fake.features(x_t, t, c[0]))[:, 0],
-        fake_steps=FAKE_STEPS,
     )
-    c, shots = (torch.arange(SAMPLES) % 3, torch.randn(SAMPLES, 2, generator=seeded(seed, -1))), {}
-    for step in range(steps + 1):
-        if step in job["shots"]:
-            shots[step] = amd.rollout(generate, c, 1.0, seed, grad=False)[0]
-        if step < steps:
-            for opt, lr in opts.items():  # constant for a fifth, then to 0
-                opt.param_groups[0]["lr"] = lr * min(1.0, (1 - step / steps) / 0.8)
-            next(logs)
-            tick(step)
-    if len(levels) > 1:
-        shots[-1] = amd.rollout(generate, c, 0.0, seed, grad=False)[0]  # what its first exit makes
-    return shots
 
-
-def seeded(*ints):
-    return torch.Generator().manual_seed(amd.key(*ints))
-
-
-def null(c):
-    return torch.full_like(c[0], 3), c[1]
+    z = torch.randn(SAMPLES, 2, generator=seeded(seed, -1))
+    c, shots = Condition(torch.arange(SAMPLES) % 3, z), {}
+    for step in range(steps):
+        if step in job.shots:
+            shots[step] = amd.rollout(generate, c, 1.0, seed, grad=False).x
+        fall = min(1.0, (1 - step / steps) / 0.8)
+        for opt, lr in zip(adam.values(), (STUDENT_LR, FAKE_LR), strict=True):
+            opt.param_groups[0]["lr"] = lr * fall
+        next(updates)
+        tick(step)
+    shots[steps] = amd.rollout(generate, c, 1.0, seed, grad=False).x
+    count = len(arm.levels)
+    exits = [amd.rollout(generate, c, (i + 0.5) / count, seed, False).x for i in range(count)]
+    return Result(shots, exits)
 
 
 @torch.no_grad()
-def solve(teacher, c, w, steps=20):
-    """The teacher's flow from z = c[1] at CFG scale w, by Euler -> (B, 2)."""
-    x, levels = c[1], torch.linspace(1, 0, steps + 1)
-    for t, t_next in zip(levels, levels[1:], strict=False):
+def solve(teacher: amd.Denoiser, c: Condition, w: float, steps: int = 20) -> Tensor:
+    """The teacher's flow from noise c.z at CFG scale w, by Euler -> (B, 2)."""
+    x, levels = c.z, torch.linspace(1, 0, steps + 1)
+    for t, t_next in pairwise(levels):
         d = amd.displace(x, x, t.expand(len(x)), c, null, teacher, None, w)
         x = x + (t_next - t) / t * d.real  # the velocity is (x_t - x0_hat) / t
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
-def target_mass(reward):
-    """The teacher restricted, within each class, to its rewarded modes -> (9,); a class without one keeps all three."""
+# ----------------------------------------------------------------------------------------- measures
+def target_mass(reward: str) -> Tensor:
+    """The mass of each mode (9,) of the teacher, within a class restricted to rewarded modes.
+
+    A class that has none of them keeps all three.
+    """
     good = torch.zeros(9).index_fill(0, torch.tensor(GOOD[reward]), 1.0).view(3, 3)
     good = torch.where(good.sum(1, keepdim=True) > 0, good, 1.0)
     return (good / good.sum(1, keepdim=True) / 3).flatten()
 
 
-def nearest(x):
-    """Index of the nearest mode, and whether x is within 4 std of it: (B, 2) -> (B,), (B,)."""
+def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest mode of each point (B, 2), and whether it is within 4 std -> (B,), (B,)."""
     d, mode = torch.cdist(x, MODES).min(1)
     return mode, d < 4 * STD
 
 
-def measure(x, reward):
-    """Samples (B, 2), classes in turn -> {metric: number}; the README says what each is."""
+def measure(x: Tensor, reward: str) -> dict[str, float]:
+    """Samples (B, 2) whose classes take turns -> numbers by name:
+
+    off     share of samples farther than 4 std from every mode
+    good    share on rewarded modes
+    bad     share on suppressed modes
+    modes   rewarded modes that hold at least a quarter of their share
+    tv      total variation, over modes, to the teacher restricted to rewarded modes
+    sw2     sliced Wasserstein distance to that teacher
+    reward  mean reward
+    zone    share in the Forbidden Zone: E_real above the data's 99.9th percentile (Eq. 5)
+    spread  std of samples about their mode, divided by the data's
+
+    The last one is NaN if hardly a sample is on a mode.
+    """
     torch.manual_seed(0)
-    target, good = (
-        target_mass(reward),
-        torch.zeros(9).index_fill(0, torch.tensor(GOOD[reward]), 1.0),
-    )
+    target = target_mass(reward)
+    good = torch.zeros(9).index_fill(0, torch.tensor(GOOD[reward]), 1.0)
     mode, on = nearest(x)
-    mass, share = (torch.bincount(m, minlength=9) / len(x) for m in (mode[on], mode))
-    wanted = MODES[
-        torch.bucketize(torch.linspace(0, 1 - 1e-6, len(x)), target.cumsum(0), right=True)
-    ]
+    mass = torch.bincount(mode[on], minlength=9) / len(x)
+    share = torch.bincount(mode, minlength=9) / len(x)
+
+    # samples of the target, and the distance to them along 64 directions
+    places = torch.linspace(0, 1 - 1e-6, len(x))
+    wanted = MODES[torch.bucketize(places, target.cumsum(0), right=True)]
     wanted = wanted + STD * torch.randn(len(x), 2)
-    axes = torch.stack(
-        [f(torch.arange(64) * math.pi / 64) for f in (torch.cos, torch.sin)]
-    )  # (2, 64)
-    sw2 = ((x @ axes).sort(0).values - (wanted @ axes).sort(0).values).square().mean().sqrt()
-    gamma = energy(real_samples(torch.full((100_000,), 3))).quantile(
-        0.999
-    )  # the threshold of Eq. 5
+    angles = torch.arange(64) * math.pi / 64
+    axes = torch.stack([angles.cos(), angles.sin()])
+    apart = (x @ axes).sort(0).values - (wanted @ axes).sort(0).values
+
+    gamma = energy(real_samples(torch.full((100_000,), 3))).quantile(0.999)  # of Eq. 5
+    spread = (x - MODES[mode])[on].std() / STD if on.sum() > 1 else torch.tensor(math.nan)
     values = dict(
         off=1 - mass.sum(),
         good=mass @ good,
         bad=mass @ (1 - good),
         modes=((mass >= target / 4) & (target > 0)).sum(),
         tv=0.5 * (share - target).abs().sum(),
-        sw2=sw2,
+        sw2=apart.square().mean().sqrt(),
         reward=reward_of(reward)(x, None).mean(),
         zone=(energy(x) > gamma).float().mean(),
-        spread=(x - MODES[mode])[on].std() / STD,
-    )  # of samples about their mode, the data's is 1
+        spread=spread,
+    )
     return {k: float(v) for k, v in values.items()}
 
 
-def mean_std(rows):
-    """Dicts of numbers, one a seed -> a dict of [mean, std], or of numbers if there is one seed."""
+def mean_std(rows: list[dict]) -> dict:
+    """Numbers, a dict a seed -> [mean, std] of each; of a single seed the numbers themselves."""
+    if len(rows) == 1:
+        return rows[0]
     columns = {k: torch.tensor([row[k] for row in rows], dtype=torch.float64) for k in rows[0]}
+    return {k: [v.mean().item(), v.std().item()] for k, v in columns.items()}
+
+
+STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # by seeds
+
+
+def interval(values: list[float]) -> list[float]:
+    """The mean over seeds, and half the width of its 95 % interval."""
+    v = torch.tensor(values, dtype=torch.float64)
+    half = STUDENT_T.get(len(v), 1.96) * v.std().item() / len(v) ** 0.5
+    return [v.mean().item(), half]
+
+
+def table(results: dict[str, list[Result]], reward: str) -> dict:
+    """The measures of each arm's last samples, mean and std over seeds."""
     return {
-        k: [v.mean().item(), v.std().item()] if len(rows) > 1 else v.item()
-        for k, v in columns.items()
+        name: mean_std([measure(run.last, reward) for run in runs])
+        for name, runs in results.items()
     }
 
 
-def interval(values):
-    """Mean and half width of its 95 % interval, by Student's t over seeds."""
-    v, t = (
-        torch.tensor(values, dtype=torch.float64),
-        {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262},
-    )
-    return [v.mean().item(), t.get(len(v), 1.96) * v.std().item() / len(v) ** 0.5]
+# ---------------------------------------------------------------------------------------- processes
+DONE = None  # a shared count of steps that all workers have done
 
 
-# ---------------------------------------------------------------------------------------- processes: one a seed and arm
-COUNT = POOL = None  # steps done by all workers, for the progress bar; the workers
-
-
-def begin(count):
-    global COUNT
-    COUNT = count
+def begin(done) -> None:
+    """What a worker does first."""
+    global DONE
+    DONE = done
     torch.set_num_threads(1)
 
 
-def tick(i):
-    if COUNT is not None and i % 20 == 0:
-        with COUNT.get_lock():
-            COUNT.value += 20
+def tick(i: int) -> None:
+    """Count steps, for the progress bar; now and then is enough."""
+    if DONE is not None and i % 20 == 0:
+        with DONE.get_lock():
+            DONE.value += 20
 
 
-def spread(work, jobs, what):
-    """work(job) for each job, on all cores -> results in order. A job tells its "steps", to show the progress."""
-    global COUNT, POOL
-    if POOL is None:
-        context = multiprocessing.get_context("spawn")
-        COUNT = context.Value("l", 0)
-        POOL = context.Pool(os.cpu_count(), begin, (COUNT,))
-    COUNT.value, results = 0, POOL.map_async(work, jobs, chunksize=1)
-    with tqdm(total=sum(job["steps"] for job in jobs), desc=what, leave=False, disable=None) as bar:
-        while not results.ready():
-            results.wait(0.5)
-            bar.update(min(COUNT.value, bar.total) - bar.n)
-    return results.get()
+class Workers:
+    """As many processes as there are cores.
+
+    Each takes a job after the other, with one thread, for the networks are small.
+    """
+
+    def __init__(self):
+        # A fork starts at once, where it is safe; elsewhere each worker imports torch again.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.done = context.Value("l", 0)
+        self.pool = context.Pool(cores(), begin, (self.done,))
+
+    def map(self, work: Callable, jobs: list[Job], what: str) -> list:
+        """work(job) for each job -> results, in order."""
+        self.done.value = 0
+        results = self.pool.map_async(work, jobs, chunksize=1)
+        with tqdm(total=sum(j.steps for j in jobs), desc=what, leave=False, disable=None) as bar:
+            while not results.ready():
+                results.wait(0.2)
+                bar.update(min(self.done.value, bar.total) - bar.n)
+        return results.get()
 
 
-def run(args, arms, shots=(), steps=None):
-    """Every arm with every seed, from one start a seed -> {arm: [shots of a seed]}."""
-    seeds, steps = range(args.seed, args.seed + args.seeds), steps or args.steps
-    starts = spread(fit, [dict(seed=seed, steps=args.fit) for seed in seeds], "fit")
-    common = dict(steps=steps, shots={*shots, steps}, K=args.group, batch=args.batch)
-    results = iter(
-        spread(
-            distill,
-            [
-                dict(common, arm=arm, seed=seed, start=start)
-                for arm in arms.values()
-                for seed, start in zip(seeds, starts, strict=True)
-            ],
-            "distill",
-        )
-    )
-    return {name: [next(results) for _ in seeds] for name in arms}
+def cores() -> int:
+    """The cores that this process may use.
+
+    In a container, or under a scheduler, they may be fewer than the machine has.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
-def grid(side, half=4.0):
+@dataclass(frozen=True)
+class Lab:
+    """The settings of a figure, and what runs its arms.
+
+    They are the flags of the command line, with the figure's own defaults.
+    """
+
+    workers: Workers
+    reward: str
+    tau: float
+    s: float
+    steps: int
+    fit: int
+    group: int
+    batch: int
+    seeds: range
+    fake_steps: int = 4
+
+    def starts(self) -> list[dict]:
+        """The fitted network of each seed."""
+        jobs = [Job(seed, self.fit) for seed in self.seeds]
+        return self.workers.map(fit, jobs, "fit")
+
+    def run(
+        self, arms: dict[str, Arm], shots: tuple = (), steps: int | None = None
+    ) -> dict[str, list[Result]]:
+        """Every arm with every seed, from one start a seed."""
+        starts = self.starts()
+        arms = {k: dataclasses.replace(v, fake_steps=self.fake_steps) for k, v in arms.items()}
+        common = dict(steps=steps or self.steps, K=self.group, batch=self.batch)
+        jobs = [
+            Job(seed, arm=arm, start=start, shots=frozenset(shots), **common)
+            for arm in arms.values()
+            for seed, start in zip(self.seeds, starts, strict=True)
+        ]
+        results = iter(self.workers.map(distill, jobs, "distill"))
+        return {name: [next(results) for _ in self.seeds] for name in arms}
+
+
+# ----------------------------------------------------------------------------------------- pictures
+def grid(side: int, half: float = 4.0) -> Tensor:
     """Points of the square [-half, half]^2, row by row -> (side^2, 2)."""
-    return torch.cartesian_prod(*[torch.linspace(-half, half, side)] * 2).flip(1)
+    line = torch.linspace(-half, half, side)
+    return torch.cartesian_prod(line, line).flip(1)
 
 
-def axes(rows, columns, size=2.6):
+def axes(rows: int, columns: int, size: float = 2.6):
+    """A figure of square panels -> the figure, and its axes (rows, columns).
+
+    size is a panel's, in inches.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rc("axes", titlesize=9), matplotlib.rc("legend", fontsize=7)
-    figure = Figure(figsize=(columns * size, rows * (size + 0.35)), layout="constrained", dpi=130)
-    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=dict(box_aspect=1))
+    matplotlib.rc("axes", titlesize=9)
+    matplotlib.rc("legend", fontsize=7)
+    figure = Figure((columns * size, rows * (size + 0.35)), layout="constrained", dpi=130)
+    square = dict(box_aspect=1)
+    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=square)
 
 
-def plane(ax, title, values=None, points=None, reward=None, cmap="Blues"):
-    """A square of the plane: a map of values on grid(161), points, the reward's modes (star) and the others (cross)."""
+def plane(ax, title: str, values=None, points=None, reward=None, cmap="Blues") -> None:
+    """Draw a square of the plane in a panel.
+
+    values are a map on grid(161), points are samples (B, 2); of a reward, the rewarded modes are
+    stars and the others crosses.
+    """
     if values is not None:
         ax.imshow(values.view(161, 161), origin="lower", extent=(-4, 4, -4, 4), cmap=cmap)
     if points is not None:
         ax.scatter(*points[:4000].T, s=1.5, alpha=0.35, lw=0, color="tab:blue")
-    for marker, modes in (
-        (("*", GOOD[reward]), ("x", set(range(9)) - set(GOOD[reward]))) if reward else ()
-    ):
-        ax.scatter(
-            *MODES[sorted(modes)].T,
-            marker=marker,
-            s=24,
-            lw=1,
-            c="tab:green" if marker == "*" else "tab:red",
-        )
+    if reward is not None:
+        good = GOOD[reward]
+        bad = [mode for mode in range(9) if mode not in good]
+        ax.scatter(*MODES[good].T, marker="*", s=24, lw=1, c="tab:green")
+        ax.scatter(*MODES[bad].T, marker="x", s=24, lw=1, c="tab:red")
     ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[], title=title)
 
 
-def table(results, reward):
-    """{arm: [shots of a seed]} -> {arm: measures of the last shot, mean and std over seeds}."""
-    return {
-        name: mean_std([measure(shots[max(shots)], reward) for shots in runs])
-        for name, runs in results.items()
-    }
+# ------------------------------------------------------------------------------------------ figures
+def shaping(lab: Lab):
+    """Fig. 7: what AMD makes of a reward, and DMD without it."""
+    half, points = lab.steps // 4, grid(161)
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau)
+    arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
+    results = lab.run(arms, shots=(0, half))
 
-
-def shaping(args):
-    tau, half, points = args.tau or TAU[args.reward], args.steps // 4, grid(161)
-    results = run(
-        args,
-        {
-            "DMD": dict(method="dmd", reward=args.reward),
-            "AMD": dict(method="amd", reward=args.reward, s=args.s, tau=tau),
-        },
-        shots=(0, half),
-    )
     figure, panels = axes(2, 3)
-    teacher, rewards, *students = panels.flat
+    teacher, reward, *students = panels.flat
     plane(teacher, "teacher", (-energy(points)).exp())
-    plane(
-        rewards,
-        f"reward, tau {tau:g}",
-        reward_of(args.reward)(points, None),
-        None,
-        args.reward,
-        "Greens",
-    )
-    for ax, name, step in zip(
-        students, ["AMD", "AMD", "AMD", "DMD"], [0, half, args.steps, args.steps], strict=True
-    ):
-        plane(ax, f"{name}, step {step}", points=results[name][0][step], reward=args.reward)
-    return figure, dict(arms=table(results, args.reward), tau=tau)
+    values = reward_of(lab.reward)(points, None)
+    plane(reward, f"reward, tau {lab.tau:g}", values, None, lab.reward, "Greens")
+    shown = [("AMD", 0), ("AMD", half), ("AMD", lab.steps), ("DMD", lab.steps)]
+    for ax, (name, step) in zip(students, shown, strict=True):
+        points = results[name][0].shots[step]
+        plane(ax, f"{name}, step {step}", points=points, reward=lab.reward)
+    return figure, dict(arms=table(results, lab.reward), tau=lab.tau)
 
 
-def naive(args):
-    shots, tau = [args.steps * i // 4 for i in range(5)], args.tau or TAU[args.reward]
-    results = run(
-        args,
-        {
-            f"{name} (Eq. {n})": dict(method=method, reward=args.reward, s=args.s, tau=tau)
-            for name, method, n in [("naive", "naive", 8), ("AMD", "amd", 10)]
-        },
-        shots,
-    )
-    figure, grid_of_axes = axes(2, 5)
-    for row, (name, runs) in zip(grid_of_axes, results.items(), strict=True):
+def naive(lab: Lab):
+    """Fig. 8: the strawman of Eq. 8 throws samples out, Eq. 10 does not."""
+    shots = [lab.steps * i // 4 for i in range(5)]
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau)
+    arms = {"naive (Eq. 8)": Arm("naive", **common), "AMD (Eq. 10)": Arm("amd", **common)}
+    results = lab.run(arms, tuple(shots))
+
+    figure, rows = axes(2, 5)
+    off = {}
+    for row, (name, runs) in zip(rows, results.items(), strict=True):
+        off[name] = {}
         for ax, step in zip(row, shots, strict=True):
-            plane(ax, f"{name}, step {step}", points=runs[0][step], reward=args.reward)
-    off = {
-        name: {
-            step: [round(measure(run[step], args.reward)["off"], 4) for run in runs]
-            for step in shots
-        }
-        for name, runs in results.items()
+            plane(ax, f"{name}, step {step}", points=runs[0].shots[step], reward=lab.reward)
+            each = [measure(run.shots[step], lab.reward)["off"] for run in runs]
+            off[name][step] = [round(v, 4) for v in each]
+    arms = table(results, lab.reward)
+    return figure, dict(arms=arms, tau=lab.tau, off_of_each_seed=off)
+
+
+def ablation(lab: Lab):
+    """Figs. 5, 6 in small: each half of AMD alone, against updates."""
+    shots = range(0, lab.steps + 1, max(1, lab.steps // 20))
+    common = dict(reward=lab.reward, tau=lab.tau)
+    arms = {
+        "DMD": Arm("dmd", s=lab.s, **common),
+        "+ DSA": Arm("amd", s=lab.s, sharpen=False, **common),
+        "+ RLS": Arm("amd", s=0.0, **common),
+        "AMD": Arm("amd", s=lab.s, **common),
     }
-    return figure, dict(arms=table(results, args.reward), tau=tau, off_of_each_seed=off)
+    results = lab.run(arms, tuple(shots))
+
+    figure, (panels,) = axes(1, 3, 3.2)
+    for name, runs in results.items():
+        steps = [*runs[0].shots]
+        measured = [[measure(run.shots[step], lab.reward) for run in runs] for step in steps]
+        for ax, key in zip(panels, ("reward", "off", "sw2"), strict=True):
+            values = torch.tensor([[row[key] for row in rows] for rows in measured])
+            mean, std = values.mean(1), values.std(1, correction=min(1, len(runs) - 1))
+            ax.plot(steps, mean, label=name)
+            ax.fill_between(steps, mean - std, mean + std, alpha=0.2)
+            ax.set(title=key, xlabel="student updates", ylim=(0, None))
+    panels[0].legend()
+    return figure, dict(arms=table(results, lab.reward), tau=lab.tau)
 
 
-def ablation(args):
-    shots, tau = range(0, args.steps + 1, max(1, args.steps // 20)), args.tau or TAU[args.reward]
-    kinds = {
-        "DMD": dict(method="dmd"),
-        "+ DSA": dict(sharpen=False),
-        "+ RLS": dict(s=0.0),
-        "AMD": {},
-    }
-    common = dict(method="amd", s=args.s, tau=tau, reward=args.reward)
-    results = run(args, {k: common | v for k, v in kinds.items()}, shots)
-    figure, (row,) = axes(1, 3, 3.2)
-    curves = {
-        name: {
-            step: mean_std([measure(run[step], args.reward) for run in runs]) for step in runs[0]
-        }
-        for name, runs in results.items()
-    }
-    for ax, key in zip(row, ("reward", "off", "sw2"), strict=True):
-        for name, curve in curves.items():
-            mean, std = torch.tensor(
-                [v[key] if args.seeds > 1 else [v[key], 0.0] for v in curve.values()]
-            ).T
-            ax.plot(list(curve), mean, label=name)
-            ax.fill_between(list(curve), mean - std, mean + std, alpha=0.2)
-        ax.set(title=key, xlabel="student updates", ylim=(0, None))
-    row[0].legend()
-    return figure, dict(arms=table(results, args.reward), tau=tau)
+def methods(lab: Lab):
+    """Table 1, run: every row from one start, with a learned teacher, guidance and two steps."""
+    lam = {"dmd": 0.25, "dmd2": 0.1, "dmdr": 0.25}
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau, w=1.25, levels=(1.0, 0.5), learned=True)
+    arms = {name: Arm(name, lam=lam.get(name, 0.0), **common) for name in amd.METHODS}
+    results = lab.run(arms, steps=lab.steps // 2)
+
+    figure, panels = axes(2, 4)
+    for ax, (name, runs) in zip(panels.flat, results.items(), strict=True):
+        plane(ax, name, points=runs[0].last, reward=lab.reward)
+    told = table(results, lab.reward)
+    for name, runs in results.items():
+        first = [measure(run.exits[0], lab.reward) for run in runs]
+        told[f"{name}, exit 1"] = mean_std(first)
+    return figure, dict(arms=told, tau=lab.tau, lam=lam)
 
 
-def methods(args):
-    lam, tau = {"dmd": 0.25, "dmd2": 0.1, "dmdr": 0.25}, args.tau or 0.5
-    rows = {
-        name: dict(
-            method=name,
-            reward=args.reward,
-            s=args.s,
-            tau=tau,
-            lam=lam.get(name, 0.0),
-            w=1.25,
-            student_steps=2,
-            learned=True,
-        )
-        for name in amd.METHODS
-    }
-    results = run(args, rows, steps=args.steps // 2)
-    figure, grid_of_axes = axes(2, 4)
-    for ax, (name, runs) in zip(grid_of_axes.flat, results.items(), strict=True):
-        plane(ax, name, points=runs[0][max(runs[0])], reward=args.reward)
-    first = {
-        f"{name}, exit 1": [{0: shots[-1]} for shots in runs] for name, runs in results.items()
-    }
-    return figure, dict(arms=table(results | first, args.reward), tau=tau, lam=lam)
+def exits(lab: Lab):
+    """A student of four steps, exit by exit: with one fake for all, and with one that is told.
+
+    DMD is measured against the whole teacher, AMD against the reward's target.
+    """
+    arms = {}
+    for name, method, reward, tau in (
+        ("DMD", "dmd", "global", 1.0),
+        ("AMD, tau 1", "amd", lab.reward, 1.0),
+        ("AMD, tau 0.2", "amd", lab.reward, 0.2),
+    ):
+        arm = Arm(method, reward, lab.s, tau, levels=(1.0, 0.75, 0.5, 0.25))
+        arms[f"{name}, one fake"] = arm
+        arms[f"{name}, exit-aware"] = dataclasses.replace(arm, aware=True)
+    results = lab.run(arms)
+
+    figure, panels = axes(len(arms), 4, 2.2)
+    told = {}
+    for row, (name, runs) in zip(panels, results.items(), strict=True):
+        for i, ax in enumerate(row):
+            reward = arms[name].reward
+            title = f"{name}\nexit {i + 1}"
+            plane(ax, title, points=runs[0].exits[i], reward=reward)
+            ax.title.set_fontsize(7)
+            measured = [measure(run.exits[i], reward) for run in runs]
+            told[f"{name}, exit {i + 1}"] = mean_std(measured)
+    return figure, dict(arms=told)
 
 
-def tilt(args):
-    """Slope of log p_student / p_real of a mode against its mean advantage, over the classes, for a linear reward."""
-    taus, reward, K = (2.0, 1.0, 0.5), reward_of("linear"), args.group
-    results = run(
-        args, {f"tau {tau:g}": dict(method="amd", reward="linear", s=0.0, tau=tau) for tau in taus}
-    )
-    (figure, ((ax,),)), arms, line = axes(1, 1, 4.2), {}, torch.tensor([-1.2, 1.2])
-    for color, (tau, (name, runs)) in enumerate(zip(taus, results.items(), strict=True)):
+def tilt(lab: Lab):
+    """What AMD converges to: p_student ~ p_real exp(a / tau), for a linear reward.
+
+    Measured is the slope of log p_student / p_real of a mode against its mean advantage.
+    """
+    taus = (2.0, 1.0, 0.5)
+    arms = {f"tau {tau:g}": Arm("amd", "linear", s=0.0, tau=tau) for tau in taus}
+    results = lab.run(arms)
+
+    figure, ((ax,),) = axes(1, 1, 4.2)
+    line, told = torch.tensor([-1.2, 1.2]), {}
+    for i, (tau, (name, runs)) in enumerate(zip(taus, results.items(), strict=True)):
         slopes = []
-        for shots in runs:
-            points = []  # (mean advantage, log ratio, weight), centred within their class
-            for row in range(3):
-                x = shots[args.steps][row::3][: SAMPLES // 3 // K * K]
-                a, (mode, on) = amd.group_advantage(reward(x, None), K), nearest(x)  # fresh groups
-                at = [on & (mode == 3 * row + column) for column in range(3)]
-                mass = torch.stack([v.float().mean() for v in at]) / on.float().mean()
-                point = torch.stack(
-                    [torch.stack([a[v].mean() for v in at]), (3 * mass).log(), mass]
-                )[:, mass > 0.002]
-                points.append(
-                    point - torch.stack([*(point[:2] @ point[2]), torch.tensor(0.0)])[:, None]
-                )
-            a, y, weight = torch.cat(points, 1)
+        for run in runs:
+            a, y, weight = advantage_and_tilt(run.last, lab.group)
             slopes.append(((weight * a) @ y / ((weight * a) @ a)).item())
-            ax.plot(a, y, ".", color=f"C{color}", ms=5)
+            ax.plot(a, y, ".", color=f"C{i}", ms=5)
         mean, half = interval(slopes)
-        ax.plot(
-            line,
-            line / tau,
-            color=f"C{color}",
-            lw=1,
-            label=f"{name}: slope {mean:.2f}, law {1 / tau:g}",
-        )
-        arms[name] = dict(
-            mean_std([measure(shots[args.steps], "global") for shots in runs]),
-            slope=mean,
-            half_width=half,
-            law=1 / tau,
-        )
+        label = f"{name}: slope {mean:.2f}, law {1 / tau:g}"
+        ax.plot(line, line / tau, color=f"C{i}", lw=1, label=label)
+        own = mean_std([measure(run.last, "global") for run in runs])
+        told[name] = dict(own, slope=mean, half_width=half, law=1 / tau)
     ax.set(
+        title="AMD tilts: p_student ~ p_real exp(a / tau)",
         xlabel="mean advantage of a mode, less its class's",
         ylabel="log p_student / p_real, less its class's",
-        title="AMD tilts: p_student ~ p_real exp(a / tau)",
     )
     ax.legend()
-    return figure, dict(arms=arms, reward="linear")
+    return figure, dict(arms=told, reward="linear")
 
 
-def study(job):
-    """A seed of `zone`: fakes of a perfect student, the learned teacher's errors, Eq. 11 -> numbers, fields to draw."""
-    torch.manual_seed(job["seed"])
-    teacher, reward, K, out = loaded(job["start"]), reward_of(job["reward"]), job["K"], {}
-    denoise, classes = amd.x0_from_flow(teacher), (torch.arange(512 // K) % 3).repeat_interleave(K)
-    bad_student = torch.no_grad()(
-        lambda y: amd.backward_simulation(denoise, torch.randn(len(y), 2), (y,), [1.0, 0.5])[0]
-    )
+def advantage_and_tilt(x: Tensor, K: int) -> Tensor:
+    """Samples whose classes take turns -> (3, modes): mean advantage, log ratio and mass of a mode.
 
-    def learn(W, sample):
-        torch.manual_seed(job["seed"])  # the same samples and noise for every fake
-        fake = loaded(job["start"])
+    Advantages are of fresh groups of the class; the first two are centred within it. A mode with
+    hardly a sample is left out.
+    """
+    points = []
+    for row in range(3):
+        own = x[row::3][: SAMPLES // 3 // K * K]
+        a = amd.group_advantage(reward_of("linear")(own, None), K)
+        mode, on = nearest(own)
+        at = [on & (mode == 3 * row + column) for column in range(3)]
+        mass = torch.stack([v.float().mean() for v in at]) / on.float().mean()
+        advantage = torch.stack([a[v].mean() for v in at])
+        point = torch.stack([advantage, (3 * mass).log(), mass])[:, mass > 0.002]
+        centre = point[:2] @ point[2]
+        point[:2] -= centre[:, None]
+        points.append(point)
+    return torch.cat(points, 1)
 
-        def loss():
-            x, t = sample(classes), 0.02 + 0.96 * torch.rand(512 // K).repeat_interleave(K)
-            a = amd.group_advantage(reward(x, None), K)
-            eps = torch.randn_like(x)
-            draw = amd.Draw((classes,), x, 1.0, a, W(a), t, eps, amd.renoise(x, t, eps))
-            return amd.fake_loss(draw, amd.x0_from_flow(fake)(draw.x_t, t, draw.c))
 
-        descend(fake, loss, 1e-3, job["steps"] // 3)
-        return fake
+# ------------------------------------------------------------------------------ the Forbidden Zone
+LEVELS_OF_PUSH = (0.2, 0.4, 0.6, 0.8)
 
-    fakes, near = (
-        [learn(W, real_samples) for W in (amd.W_one, amd.W_exp)],
-        learn(amd.W_one, bad_student),
-    )
+
+def study(job: Job) -> tuple[dict[str, float], dict]:
+    """A seed of `zone` -> numbers, and fields to draw."""
+    torch.manual_seed(job.seed)
+    teacher = loaded(job.start)
+    denoise = amd.x0_from_flow(teacher)
+
+    @torch.no_grad()
+    def bad_student(y):
+        """The fitted network in two steps, which is not distilled yet."""
+        z = torch.randn(len(y), 2)
+        return amd.backward_simulation(denoise, z, Condition(y), [1.0, 0.5]).x
+
+    fakes = [learn_fake(job, W, real_samples) for W in (amd.W_one, amd.W_exp)]
+    near = learn_fake(job, amd.W_one, bad_student)
     with torch.no_grad():
-        good = torch.tensor(GOOD[job["reward"]])
-        bad = torch.tensor([k for k in range(9) if k not in GOOD[job["reward"]]]).repeat(2048)
-        x = MODES[bad] + STD * torch.randn(len(bad), 2)
-        far = torch.cdist(x, MODES[good]) + 99.0 * (
-            ROW[bad][:, None] != ROW[good]
-        )  # to rewarded modes of its class
-        way = F.normalize(MODES[good[far.argmin(1)]] - x, dim=1)
-        for level in (0.2, 0.4, 0.6, 0.8):
-            t, c = torch.full((len(x),), level), (ROW[bad],)
-            x_t = amd.renoise(x, t, torch.randn_like(x))
-            d = [
-                amd.displace(
-                    x, x_t, t, c, None, exact_teacher, amd.x0_from_flow(fake)(x_t, t, c), 1
-                )
-                for fake in fakes
-            ]
-            push, size = (
-                [-(amd.H_std(v, None) * way).sum(1).mean() for v in d],
-                [v.fake.norm(dim=1).mean() for v in d],
-            )
-            out[f"push with W = 1, t = {level}"] = push[0].item()
-            out[f"push gained by W = exp(-a), t = {level}"] = (push[1] - push[0]).item()
-            out[f"|d_fake| ratio, t = {level}"] = (size[1] / size[0]).item()
-        points, errors, c = grid(161), {}, (torch.full((161 * 161,), 3),)
-        for name, low, high in [("t in [.02, .98]", 0.02, 0.98)] + [
-            (f"t = {t}", t, t) for t in (0.5, 0.2, 0.1, 0.05)
-        ]:
-            errors[name] = 0
-            for _ in range(8):
-                t = low + (high - low) * torch.rand(len(points))
-                x_t = amd.renoise(points, t, torch.randn_like(points))
-                errors[name] += (denoise(x_t, t, c) - exact_teacher(x_t, t, c)).norm(dim=1) / 8
-            ranks = torch.stack(
-                [by_energy(errors[name]).argsort().argsort(), torch.arange(20)]
-            ).double()
-            out[f"rank correlation, error and E_real, {name}"] = torch.corrcoef(ranks)[0, 1].item()
-        limit = energy(real_samples(torch.full((100_000,), 3))).quantile(0.99)  # gamma' of Eq. 11
-        for where, x in (
-            ("plane", points),
-            ("bad student", bad_student(torch.arange(SAMPLES) % 3)),
-        ):
-            for level in (-1.0, 0.1, 0.5, 0.9):
-                outside = energy(x)[reward(x, None) > level] > limit
-                out[f"P(E > gamma' | R > {level:g}), {where}"] = outside.float().mean().item()
-        at, mixed = grid(15), loaded(job["start"])
-        amd.blend(mixed, teacher, near, 0.75)
-
-        def pull(net, t):  # -d_real, averaged over noise
-            t, c = torch.full((len(at),), t), (torch.full((len(at),), 3),)
-            return (
-                sum(net(amd.renoise(at, t, torch.randn_like(at)), t, c) - at for _ in range(64))
-                / 64
-            )
-
-        home, outside, arrows = (
-            MODES[nearest(at)[0]] - at,
-            energy(at) > limit,
-            {
-                "teacher, t = 0.1": pull(denoise, 0.1),
-                "external force": pull(denoise, 0.1)
-                - amd.force(lambda x: -reward_of("global")(x, None), at),
-                "more noise, t = 0.6": pull(denoise, 0.6),
-                "teacher adapted, r = .75": pull(amd.x0_from_flow(mixed), 0.1),
-            },
-        )
-        for name, arrow in arrows.items():
-            cos, size = F.cosine_similarity(arrow, home), arrow.norm(dim=1) / home.norm(dim=1)
-            out[f"pull in Z_f, cos to the nearest mode, {name}"] = cos[outside].mean().item()
-            out[f"pull in Z_f, over the distance, {name}"] = size[outside].mean().item()
-    return out, dict(at=at, arrows=arrows, errors=errors)
+        numbers = push_of_sharpening(job, fakes)
+        errors, ranks = errors_by_energy(denoise)
+        arrows, pulls = pulls_in_the_zone(teacher, near)
+        numbers |= ranks | energy_given_reward(job, bad_student) | pulls
+    return numbers, dict(arrows=arrows, errors=errors)
 
 
-def by_energy(values):
-    return torch.stack(
-        [values[part].mean() for part in energy(grid(161)).argsort().chunk(20)]
-    )  # in 20 equal bins
+def learn_fake(job: Job, W: Callable, sample: Callable) -> MLP:
+    """A fake teacher of the samples (classes -> x), trained by Eq. 14 with weight W."""
+    torch.manual_seed(job.seed)  # the same samples and noise for every fake
+    fake, reward = loaded(job.start), reward_of(job.arm.reward)
+    groups = 512 // job.K
+    c = Condition((torch.arange(groups) % 3).repeat_interleave(job.K))
+
+    def loss():
+        x = sample(c.y)
+        t = 0.02 + 0.96 * torch.rand(groups).repeat_interleave(job.K)
+        a = amd.group_advantage(reward(x, None), job.K)
+        eps = torch.randn_like(x)
+        draw = amd.Draw(c, x, 1.0, a, W(a), t, eps, amd.renoise(x, t, eps))
+        return amd.fake_loss(draw, amd.x0_from_flow(fake)(draw.x_t, t, c))
+
+    descend(fake, loss, 1e-3, job.steps // 3)
+    return fake
 
 
-def zone(args):
+def push_of_sharpening(job: Job, fakes: list[MLP]) -> dict[str, float]:
+    """What the sharpened fake changes (Sec. 3.3) for a perfect student at the suppressed modes.
+
+    The push is DMD's update along the way to the nearest rewarded mode of the class.
+    """
+    good = torch.tensor(GOOD[job.arm.reward])
+    bad = torch.tensor([k for k in range(9) if k not in good]).repeat(2048)
+    x = MODES[bad] + STD * torch.randn(len(bad), 2)
+    other_class = ROW[bad][:, None] != ROW[good]
+    target = (torch.cdist(x, MODES[good]) + 99.0 * other_class).argmin(1)
+    way = F.normalize(MODES[good[target]] - x, dim=1)
+
+    numbers, c = {}, Condition(ROW[bad])
+    for level in LEVELS_OF_PUSH:
+        t = torch.full((len(x),), level)
+        x_t = amd.renoise(x, t, torch.randn_like(x))
+        pushes, sizes = [], []
+        for fake in fakes:
+            x0_fake = amd.x0_from_flow(fake)(x_t, t, c)
+            d = amd.displace(x, x_t, t, c, None, exact_teacher, x0_fake, 1)
+            pushes.append(-(amd.H_std(d, None) * way).sum(1).mean())
+            sizes.append(d.fake.norm(dim=1).mean())
+        numbers[f"push with W = 1, t = {level}"] = pushes[0].item()
+        numbers[f"push gained by W = exp(-a), t = {level}"] = (pushes[1] - pushes[0]).item()
+        numbers[f"|d_fake| ratio, t = {level}"] = (sizes[1] / sizes[0]).item()
+    return numbers
+
+
+def errors_by_energy(denoise: amd.Denoiser) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Errors of the learned teacher on grid(161).
+
+    And how they rank with the exact energy (Eq. 5), by 20 bins of it.
+    """
+    points, c = grid(161), Condition(torch.full((161 * 161,), 3))
+    errors, numbers = {}, {}
+    spans = [("t in [.02, .98]", 0.02, 0.98)] + [(f"t = {t}", t, t) for t in (0.5, 0.2, 0.1, 0.05)]
+    for name, low, high in spans:
+        errors[name] = torch.zeros(len(points))
+        for _ in range(8):
+            t = low + (high - low) * torch.rand(len(points))
+            x_t = amd.renoise(points, t, torch.randn_like(points))
+            error = denoise(x_t, t, c) - exact_teacher(x_t, t, c)
+            errors[name] += error.norm(dim=1) / 8
+        ranks = by_energy(errors[name]).argsort().argsort()
+        both = torch.stack([ranks, torch.arange(20)]).double()
+        correlation = torch.corrcoef(both)[0, 1].item()
+        numbers[f"rank correlation, error and E_real, {name}"] = correlation
+    return errors, numbers
+
+
+def by_energy(values: Tensor) -> Tensor:
+    """Values on grid(161), averaged in 20 equal bins of rising exact energy."""
+    bins = energy(grid(161)).argsort().chunk(20)
+    return torch.stack([values[part].mean() for part in bins])
+
+
+def zone_limit() -> Tensor:
+    """The energy that a hundredth of the data exceeds: gamma' of Eq. 11."""
+    return energy(real_samples(torch.full((100_000,), 3))).quantile(0.99)
+
+
+def energy_given_reward(job: Job, bad_student: Callable) -> dict[str, float]:
+    """Eq. 11: how often the energy is high though the reward is."""
+    numbers, limit, reward = {}, zone_limit(), reward_of(job.arm.reward)
+    samples = bad_student(torch.arange(SAMPLES) % 3)
+    for where, x in (("plane", grid(161)), ("bad student", samples)):
+        for level in (-1.0, 0.1, 0.5, 0.9):
+            outside = energy(x)[reward(x, None) > level] > limit
+            share = outside.float().mean().item()
+            numbers[f"P(E > gamma' | R > {level:g}), {where}"] = share
+    return numbers
+
+
+def pulls_in_the_zone(teacher: MLP, near: MLP) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """-d_real on grid(15), averaged over noise, and what is done about its weakness (Fig. 2).
+
+    near is a fake teacher of a bad student, for the adapted teacher of DMDR.
+    """
+    at, limit = grid(15), zone_limit()
+    home, outside = MODES[nearest(at)[0]] - at, energy(at) > limit
+    denoise, mixed = amd.x0_from_flow(teacher), MLP()
+    amd.blend(mixed, teacher, near, 0.75)
+
+    def pull(net, level):
+        t, c = torch.full((len(at),), level), Condition(torch.full((len(at),), 3))
+        noisy = [amd.renoise(at, t, torch.randn_like(at)) for _ in range(64)]
+        return sum(net(x_t, t, c) - at for x_t in noisy) / 64
+
+    ascent = amd.force(lambda x: -reward_of("global")(x, None), at)
+    arrows = {
+        "teacher, t = 0.1": pull(denoise, 0.1),
+        "external force": pull(denoise, 0.1) - ascent,
+        "more noise, t = 0.6": pull(denoise, 0.6),
+        "teacher adapted, r = .75": pull(amd.x0_from_flow(mixed), 0.1),
+    }
+    numbers = {}
+    for name, arrow in arrows.items():
+        cos = F.cosine_similarity(arrow, home)[outside].mean().item()
+        size = (arrow.norm(dim=1) / home.norm(dim=1))[outside].mean().item()
+        numbers[f"pull in Z_f, cos to the nearest mode, {name}"] = cos
+        numbers[f"pull in Z_f, over the distance, {name}"] = size
+    return arrows, numbers
+
+
+def zone(lab: Lab):
+    """Figs. 1, 2: where the teacher cannot be trusted, and what helps there."""
+    common = dict(steps=3 * lab.steps, K=lab.group, arm=Arm(reward=lab.reward))
     jobs = [
-        dict(seed=args.seed + i, steps=args.fit, K=args.group, reward=args.reward)
-        for i in range(args.seeds)
+        Job(seed, start=start, **common)
+        for seed, start in zip(lab.seeds, lab.starts(), strict=True)
     ]
-    starts = spread(fit, jobs, "fit")
-    runs = spread(
-        study,
-        [dict(v, start=at, steps=3 * args.steps) for v, at in zip(jobs, starts, strict=True)],
-        "study",
-    )
-    numbers, fields = {k: interval([out[k] for out, _ in runs]) for k in runs[0][0]}, runs[0][1]
+    runs = lab.workers.map(study, jobs, "study")
+    numbers = {k: interval([out[k] for out, _ in runs]) for k in runs[0][0]}
+    _, fields = runs[0]
+
     figure, (top, bottom) = axes(2, 4, 3.0)
-    E, at, levels = energy(grid(161)), fields["at"], (0.2, 0.4, 0.6, 0.8)
-    plane(
-        top[0],
-        "error of the learned teacher, t = 0.2",
-        fields["errors"]["t = 0.2"].clamp_max(1),
-        cmap="Reds",
-    )
+    E = energy(grid(161))
+    error = fields["errors"]["t = 0.2"].clamp_max(1)
+    plane(top[0], "error of the learned teacher, t = 0.2", error, cmap="Reds")
     plane(top[1], "exact E_real (root)", E.sqrt(), cmap="Greys")
     for name, error in fields["errors"].items():
         top[2].plot(by_energy(E), by_energy(error), label=name)
     top[2].set(xscale="log", xlabel="E_real", title="mean error of the learned teacher")
-    mean, half = torch.tensor([numbers[f"push gained by W = exp(-a), t = {t}"] for t in levels]).T
-    top[3].errorbar(
-        levels, mean, half, marker="o", capsize=3, label="push to the nearest rewarded mode, gained"
-    )
-    top[3].plot(
-        levels,
-        [numbers[f"|d_fake| ratio, t = {t}"][0] - 1 for t in levels],
-        label="|d_fake|, ratio - 1",
-    )
-    top[3].set(xlabel="noise level t", title="W = exp(-a) against W = 1", ylim=(None, 0.45))
+    top[2].legend()
+    draw_push(top[3], numbers)
     for ax, (name, arrow) in zip(bottom, fields["arrows"].items(), strict=True):
-        plane(
-            ax,
-            f"{name}: cos {numbers[f'pull in Z_f, cos to the nearest mode, {name}'][0]:.2f}",
-            (-E).exp(),
-        )
-        size, cos = (
-            arrow.norm(dim=1, keepdim=True),
-            F.cosine_similarity(arrow, MODES[nearest(at)[0]] - at),
-        )
-        ax.quiver(
-            *at.T,
-            *(arrow / size * size.clamp_max(0.5)).T,
-            cos,
-            cmap="RdYlGn",
-            clim=(-1, 1),
-            angles="xy",
-            scale_units="xy",
-            scale=1,
-            width=0.006,
-        )
-    top[2].legend(), top[3].legend()
-    return figure, dict(arms={k: dict(mean=v[0], half_width=v[1]) for k, v in numbers.items()})
+        cos, _ = numbers[f"pull in Z_f, cos to the nearest mode, {name}"]
+        plane(ax, f"{name}: cos {cos:.2f}", (-E).exp())
+        draw_arrows(ax, arrow)
+    told = {k: dict(mean=mean, half_width=half) for k, (mean, half) in numbers.items()}
+    return figure, dict(arms=told)
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
+def draw_push(ax, numbers: dict) -> None:
+    """What sharpening gains against the noise level, and what it does to the size of d_fake."""
+    gained = [numbers[f"push gained by W = exp(-a), t = {t}"] for t in LEVELS_OF_PUSH]
+    mean, half = torch.tensor(gained).T
+    label = "push to the nearest rewarded mode, gained"
+    ax.errorbar(LEVELS_OF_PUSH, mean, half, marker="o", capsize=3, label=label)
+    sizes = [numbers[f"|d_fake| ratio, t = {t}"][0] - 1 for t in LEVELS_OF_PUSH]
+    ax.plot(LEVELS_OF_PUSH, sizes, label="|d_fake|, ratio - 1")
+    ax.set(xlabel="noise level t", title="W = exp(-a) against W = 1", ylim=(None, 0.45))
+    ax.legend()
+
+
+def draw_arrows(ax, arrow: Tensor) -> None:
+    """A field on grid(15), at most .5 long; green where it points to the nearest mode."""
+    at = grid(15)
+    size = arrow.norm(dim=1, keepdim=True)
+    short = arrow / size * size.clamp_max(0.5)
+    cos = F.cosine_similarity(arrow, MODES[nearest(at)[0]] - at)
+    style = dict(cmap="RdYlGn", clim=(-1, 1), width=0.006)
+    ax.quiver(*at.T, *short.T, cos, angles="xy", scale_units="xy", scale=1, **style)
+
+
+# -------------------------------------------------------------------------------- a moving picture
+FRAMES = 40
+
+
+def animate(lab: Lab, path: Path) -> None:
+    """shaping.gif: DMD, naive and AMD side by side, from the start to the end of training."""
+    from PIL import Image
+
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau)
+    arms = {
+        "DMD": Arm("dmd", **common),
+        "naive (Eq. 8)": Arm("naive", **common),
+        "AMD": Arm("amd", **common),
+    }
+    # most happens early, so the frames are dense there
+    steps = sorted({round(lab.steps * (i / (FRAMES - 1)) ** 2) for i in range(FRAMES)})
+    results = lab.run(arms, tuple(steps))
+    frames = [
+        frame({k: runs[0].shots[step] for k, runs in results.items()}, step, lab) for step in steps
+    ]
+    first, *rest = [Image.fromarray(pixels).quantize(24) for pixels in frames]
+    time_of_each = [120] * (len(frames) - 1) + [2500]
+    first.save(
+        path, save_all=True, append_images=rest, duration=time_of_each, loop=0, optimize=True
+    )
+
+
+def frame(points: dict[str, Tensor], step: int, lab: Lab):
+    """One picture of the animation, as an array (height, width, 3) of bytes.
+
+    points has the samples of each arm, by name.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, (panels,) = axes(1, len(points), 2.3)
+    figure.set_dpi(96)
+    for ax, (name, x) in zip(panels, points.items(), strict=True):
+        plane(ax, name, points=x[:2500], reward=lab.reward)
+    figure.suptitle(f"update {step}", fontsize=9)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+# ------------------------------------------------------------------------------------- command line
 FIGURES = {
     "shaping": shaping,
     "zone": zone,
@@ -710,92 +951,120 @@ FIGURES = {
     "ablation": ablation,
     "methods": methods,
     "tilt": tilt,
+    "exits": exits,
 }
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, parser.error = (
-        parser.add_argument,
-        lambda message: parser.exit(2, f"toy2d.py: {message}\n"),
-    )
-    add("--figure", choices=[*FIGURES, "all"], default="shaping")
-    add("--reward", choices=list(GOOD), help="default: selective, for naive corner (Fig. 8)")
-    add(
-        "--tau",
-        type=float,
-        help="temperature of W; default: 0.2 selective, 1 else; 0.5 for methods",
-    )
-    add("--s", type=float, default=0.5, help="sensitivity of Eq. 13, in [0, 1], default 0.5")
-    add("--group", type=int, default=16, help="K, samples in a group, default 16")
-    add("--batch", type=int, default=256, help="samples in an update, default 256")
-    add("--steps", type=int, default=2000, help="student updates, default 2000")
-    add("--fit", type=int, default=4000, help="steps of the flow-matching start, default 4000")
-    add("--seed", type=int, default=0, help="the first seed")
-    add("--seeds", type=int, help="how many; default: 1 for shaping, 5 else")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/toy2d"),
-        help="folder of the pictures and tables, default runs/toy2d",
-    )
-    return parser.parse_args()
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"toy2d.py: {message}\n")
 
 
-def show(arms):
-    keys, width = list(next(iter(arms.values()))), max(map(len, arms)) + 1
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--figure", choices=[*FIGURES, "all"], default="shaping")
+    what.add_argument("--animate", action="store_true", help="write shaping.gif instead")
+    what.add_argument(
+        "--reward", choices=GOOD, help="default: selective; for naive, corner (Fig. 8)"
+    )
+    what.add_argument("--out", type=Path, default=Path("runs/toy2d"), help="folder (runs/toy2d)")
+    how = parser.add_argument_group("method and optimisation")
+    how.add_argument(
+        "--tau", type=float, help="temperature of W (.2 for selective, else 1; .5 for methods)"
+    )
+    how.add_argument("--s", type=float, default=0.5, help="sensitivity of Eq. 13, in [0, 1] (.5)")
+    how.add_argument("--group", type=int, default=16, help="K, samples in a group (16)")
+    how.add_argument("--batch", type=int, default=256, help="samples in an update (256)")
+    how.add_argument("--steps", type=int, default=2000, help="student updates (2,000)")
+    how.add_argument("--fit", type=int, default=4000, help="steps of the fit at the start (4,000)")
+    how.add_argument("--fake-steps", type=int, default=4, help="fake updates in each (4)")
+    how.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    how.add_argument("--seeds", type=int, help="how many (1 for shaping and --animate, else 5)")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for what cannot work, before any work is done."""
+    tau = 1.0 if args.tau is None else args.tau
+    amd.method("amd", s=args.s, tau=tau)
+    amd.group_advantage(torch.zeros(max(0, args.batch)), args.group)
+    for name in ("batch", "steps", "fit", "fake_steps", "seeds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: choose at least 1")
+
+
+def lab_of(args: argparse.Namespace, figure: str, workers: Workers) -> Lab:
+    """The settings of a figure, which has defaults of its own.
+
+    The strawman's is the corner reward, as in Fig. 8; tau is small where a reward suppresses modes.
+    """
+    reward = args.reward or ("corner" if figure == "naive" else "selective")
+    tau = 0.5 if figure == "methods" else TAU[reward]
+    seeds = args.seeds or (1 if figure in ("shaping", "animate") else 5)
+    return Lab(
+        workers,
+        reward=reward,
+        tau=tau if args.tau is None else args.tau,
+        s=args.s,
+        steps=args.steps,
+        fit=args.fit,
+        group=args.group,
+        batch=args.batch,
+        seeds=range(args.seed, args.seed + seeds),
+        fake_steps=args.fake_steps,
+    )
+
+
+def show(arms: dict[str, dict]) -> None:
+    """Print a table: an arm a row, a measure a column.
+
+    Where there are several seeds, it has mean +- standard deviation.
+    """
+    keys = list(next(iter(arms.values())))
+    width = max(map(len, arms)) + 1
     print(" " * width + "".join(f"{k:>15}" for k in keys))
     for name, row in arms.items():
-        cells = [
-            " +- ".join(f"{v:.3f}" for v in (row[k] if isinstance(row[k], list) else [row[k]]))
-            for k in keys
-        ]
-        print(f"{name:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        line = f"{name:{width}}"
+        for k in keys:
+            values = row[k] if isinstance(row[k], list) else [row[k]]
+            line += f"{' +- '.join(f'{v:.3f}' for v in values):>15}"
+        print(line)
 
 
-def main(args):
-    amd.method(
-        "amd", s=args.s, tau=1.0 if args.tau is None else args.tau
-    )  # bad values end here, before any work
-    if min(args.batch, args.steps, args.fit, 1 if args.seeds is None else args.seeds) < 1:
-        raise ValueError("choose --batch, --steps, --fit and --seeds of at least 1")
-    amd.group_advantage(torch.zeros(args.batch), args.group)
+def main(args: argparse.Namespace) -> None:
+    check(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    for figure in FIGURES if args.figure == "all" else [args.figure]:
-        begun = time.time()
-        reward, seeds = (
-            "corner" if figure == "naive" else "selective",
-            1 if figure == "shaping" else 5,
-        )
-        given = argparse.Namespace(
-            **vars(args) | dict(reward=args.reward or reward, seeds=args.seeds or seeds)
-        )
-        picture, results = FIGURES[figure](given)
+    workers = Workers()
+    if args.animate:
+        animate(lab_of(args, "animate", workers), args.out / "shaping.gif")
+        print(f"see {args.out / 'shaping.gif'}")
+        return
+    figures = FIGURES if args.figure == "all" else [args.figure]
+    for figure in figures:
+        begun, lab = time.time(), lab_of(args, figure, workers)
+        picture, results = FIGURES[figure](lab)
         picture.savefig(args.out / f"{figure}.png")
-        results = (
-            dict(
-                figure=figure,
-                reward=given.reward,
-                seed=[*range(args.seed, args.seed + given.seeds)],
-                seconds=round(time.time() - begun, 1),
-            )
-            | results
-        )
-        (args.out / f"{figure}.json").write_text(json.dumps(results, indent=1))
-        print(
-            f"\n{figure}, {results['reward']} reward, {given.seeds} seed(s), {results['seconds']} s, in {args.out}"
-        )
-        show(results["arms"])
+        seconds = round(time.time() - begun, 1)
+        told = dict(figure=figure, reward=lab.reward, seed=[*lab.seeds], seconds=seconds) | results
+        text = json.dumps(told, indent=1).replace("NaN", "null")
+        (args.out / f"{figure}.json").write_text(text)
+        seeds = f"{len(lab.seeds)} seed{'s' if len(lab.seeds) > 1 else ''}"
+        print(f"\n{figure}, {told['reward']} reward, {seeds}, {seconds} s, in {args.out}")
+        show(told["arms"])
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except (ValueError, OSError) as error:
-        print(
-            f"toy2d.py: {error}{': choose another --out' * isinstance(error, OSError)}",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt:
+        sys.exit("toy2d.py: interrupted")
+    except ValueError as error:
+        print(f"toy2d.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"toy2d.py: {error}: choose another --out", file=sys.stderr)
         sys.exit(2)

@@ -5,11 +5,14 @@ short as can be, and no test looks at what they show.
 """
 
 import json
+import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import amd
@@ -42,7 +45,7 @@ def test_the_exact_teacher_is_the_mean_of_the_data_that_a_noise_level_allows(t, 
     data = lab.real_samples(classes)
     weight = (-(x_t - (1 - t) * data).square().sum(1) / (2 * t**2)).softmax(0)
 
-    x0 = lab.exact_teacher(x_t, torch.tensor([t]), (classes[:1],))
+    x0 = lab.exact_teacher(x_t, torch.tensor([t]), lab.Condition(classes[:1]))
 
     assert_close(
         x0[0],
@@ -124,18 +127,46 @@ def test_samples_of_the_target_measure_well():
     assert 1e-4 < got["zone"] < 0.003
 
 
-@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
 def test_samples_between_the_modes_measure_badly():
     """They are perfect samples, moved by (1, 1), so that all lie off the modes and in the zone.
 
     A sliced distance is the root of a mean square over directions. By the projection of (1, 1) it
-    is 1. The spread about modes is NaN, of which torch warns.
+    is 1. There is nothing whose spread about a mode could be told.
     """
     got = lab.measure(perfect_samples() + 1, "selective")
 
     assert got["off"] > 0.99
     assert got["zone"] > 0.99
     assert abs(got["sw2"] - 1) < 0.05
+    assert math.isnan(got["spread"])
+
+
+# ------------------------------------------------------------------------------------- the networks
+def test_a_fake_that_is_told_the_exit_begins_as_one_that_is_not():
+    """Its vectors begin at zero, and a gradient reaches that of the exit at hand alone."""
+    net, x, t = lab.MLP(), torch.randn(6, 2), torch.rand(6)
+    c = lab.Condition(torch.arange(6) % 3)
+    told = c._replace(exit=torch.full((6,), 2))
+    assert net(x, t, told).equal(net(x, t, c))
+
+    net(x, t, told).sum().backward()
+    assert [bool(row.any()) for row in net.exits.grad] == [False, False, True] + [False] * 5
+    net.exits.data[2] = 1.0
+    assert not net(x, t, told).equal(net(x, t, c))
+
+
+def test_there_are_no_more_workers_than_cores_that_may_be_used():
+    """A machine may have many cores of which a container gives us one."""
+    command = "import os, toy2d; os.sched_setaffinity(0, {0}); print(toy2d.cores())"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    got = subprocess.run(
+        [sys.executable, "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert got.stdout == "1\n"
 
 
 # -------------------------------------------------------------------------------------- the figures
@@ -166,6 +197,7 @@ def table(figures, name):
         ("ablation", "selective"),
         ("tilt", "linear"),
         ("methods", "selective"),
+        ("exits", "selective"),
     ],
 )
 def test_a_figure_is_a_picture_and_a_table(figures, name, reward):
@@ -186,12 +218,37 @@ def test_the_figure_of_methods_measures_every_row_at_both_exits(figures):
     assert table(figures, "methods")["arms"].keys() == last | first
 
 
+def test_the_figure_of_exits_measures_each_of_four(figures):
+    """Of a student under DMD and AMD, with one fake for all exits and with one that is told."""
+    fakes = ("one fake", "exit-aware")
+    arms = {f"{name}, {fake}" for name in ("DMD", "AMD, tau 1", "AMD, tau 0.2") for fake in fakes}
+    wanted = {f"{arm}, exit {i}" for arm in arms for i in (1, 2, 3, 4)}
+    assert table(figures, "exits")["arms"].keys() == wanted
+
+
+def test_tables_are_strict_json(figures):
+    """A number that there is not is null, for NaN is no JSON."""
+    for path in figures.glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_the_animation_has_a_frame_for_each_of_its_updates(tmp_path):
+    """Three panels side by side, small enough for a page."""
+    flags = "--animate --steps 4 --fit 20 --batch 32 --group 8"
+    command = [sys.executable, ROOT / "toy2d.py", *flags.split(), "--out", tmp_path]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    movie = Image.open(tmp_path / "shaping.gif")
+    assert movie.n_frames == 5
+    assert movie.width > 2 * movie.height
+
+
 # ---------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--s 2", "choose s in"),
         ("--out file/x", "--out"),
+        ("--fake-steps 0", "--fake-steps 0: choose"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
