@@ -719,7 +719,7 @@ def train(
         raise ValueError(f"space {space!r}: choose one of {', '.join(spaces)} for this schedule")
     same_schedule(real, schedule, "real")
     same_schedule(fake, schedule, "fake")
-    averages(update, ranks)
+    refuse_lonely(update, ranks)
     given = dict(reward=reward, null=null, adapt=adapt, truth=truth, logits=logits)
     closure = closure_of(method, w, given)
     options = dict(null=null, w=w, schedule=schedule, normalize=normalize, closure=closure)
@@ -927,7 +927,7 @@ def clip_and_step(opts: Sequence[torch.optim.Optimizer], norms: Tensor, clip: fl
         opt.step()
 
 
-def averages(step: Callable, ranks: Ranks) -> None:
+def refuse_lonely(step: Callable, ranks: Ranks) -> None:
     """ValueError if the gradients of several ranks were never averaged: they would drift apart."""
     if ranks.size > 1 and getattr(step, "func", step) is update:
         raise ValueError("amd.update is for one process: pass update=, which averages over ranks")

@@ -233,7 +233,8 @@ def distill(job: Job) -> Result:
     The student takes one call a step; all networks begin as the fitted one. The learning rates are
     constant for a fifth of the updates, and then fall to 0.
     """
-    arm, seed, steps = job.arm, job.seed, job.steps
+    arm, seed = job.arm, job.seed
+    steps = job.steps
     student, fake = loaded(job.start), loaded(job.start)
     real, blended = loaded(job.start), loaded(job.start)
     teacher = amd.x0_from_flow(real) if arm.learned else exact_teacher
@@ -806,7 +807,8 @@ def zone_limit() -> Tensor:
 
 def energy_given_reward(job: Job, bad_student: Callable) -> dict[str, float]:
     """Eq. 11: how often the energy is high though the reward is."""
-    numbers, limit, reward = {}, zone_limit(), reward_of(job.arm.reward)
+    limit, reward = zone_limit(), reward_of(job.arm.reward)
+    numbers = {}
     samples = bad_student(torch.arange(SAMPLES) % 3)
     for where, x in (("plane", grid(161)), ("bad student", samples)):
         for level in (-1.0, 0.1, 0.5, 0.9):

@@ -144,7 +144,8 @@ def test_samples_between_the_modes_measure_badly():
 # ------------------------------------------------------------------------------------- the networks
 def test_a_fake_that_is_told_the_exit_begins_as_one_that_is_not():
     """Its vectors begin at zero, and a gradient reaches that of the exit at hand alone."""
-    net, x, t = lab.MLP(), torch.randn(6, 2), torch.rand(6)
+    net = lab.MLP()
+    x, t = torch.randn(6, 2), torch.rand(6)
     c = lab.Condition(torch.arange(6) % 3)
     told = c._replace(exit=torch.full((6,), 2))
     assert net(x, t, told).equal(net(x, t, c))
