@@ -513,10 +513,11 @@ def blend(net: torch.nn.Module, real: torch.nn.Module, fake: torch.nn.Module, r:
     """Set net, a third module of their kind, to theta_real + r (theta_fake - theta_real), for phi.
 
     In place, because under FSDP2 a functional_call with other weights would run the module's own.
+    What the fake alone has, as an embedding of exits, is left out.
     """
-    for p, p_real, p_fake in zip(
-        net.parameters(), real.parameters(), fake.parameters(), strict=True
-    ):
+    of_real, of_fake = dict(real.named_parameters()), dict(fake.named_parameters())
+    for name, p in net.named_parameters():
+        p_real, p_fake = of_real[name], of_fake[name]
         p.copy_(p_real + r * (p_fake - p_real))  # not lerp, because they may differ in dtype
 
 
@@ -585,6 +586,7 @@ class Exit(NamedTuple):
     x: Tensor  # (B, ...)
     t_G: float | Tensor  # noise level of the input of the call that made x, a float or (B,)
     again: Callable[[], Tensor] | None = None  # repeats that one call, by itself -> the same x
+    number: int = 0  # of the exit, from 1, if the student has several; names its reward in the log
 
 
 def backward_simulation(
@@ -619,7 +621,7 @@ def backward_simulation(
             x = denoise(x_t, t[i], c)
             x_t = renoise(x, t[i + 1], torch.randn_like(x), schedule)
     again = partial(denoise, x_t, t[k], c)
-    return Exit(again(), levels[k], again)
+    return Exit(again(), levels[k], again, k + 1 if len(levels) > 1 else 0)
 
 
 # --------------------------------------------------------------------------------- 9. Algorithm 1
@@ -704,9 +706,10 @@ def train(
 
     The dict has numbers, or tensors of shape (): step and fake_step, the updates done; loss_student
     and loss_fake; g_norm, dm_norm and ca_norm, root mean squares of an element; reward, and
-    reward_std, the mean over groups of their std; adv_clip, the share of advantages at +-1; w_mean,
-    the mean of W(a); skipped, a count. All but counts are means over those iterations of the update
-    that have them and were not skipped.
+    reward_std, the mean over groups of their std, both also by exit, as reward_exit_1, if there are
+    several; adv_clip, the share of advantages at +-1; w_mean, the mean of W(a); skipped, a count.
+    All but counts are means over those iterations of the update that have them and were not
+    skipped.
 
     An x, loss or gradient that is not finite skips the iteration on all ranks; ten in a row raise
     FloatingPointError. ValueError: a closure is missing or returns a wrong shape, K does not divide
@@ -825,7 +828,9 @@ def with_graph(made: Exit, roll: Callable[..., Exit], check: bool) -> Tensor:
         return roll(grad=True).x
     with torch.enable_grad():
         x = made.again().to(made.x.dtype)
-    if check and (x - made.x).detach().abs().mean() > 0.05 * made.x.abs().mean():
+    apart = (x - made.x).detach().abs().mean()
+    same = ~(apart > 0.05 * made.x.abs().mean())  # a NaN is for `update` to skip
+    if check and not same:
         raise ValueError(
             "the student's exit made another x when it was called again: take dropout out, or"
             " return (x, t_G) alone, and the whole generation is repeated"
@@ -862,6 +867,8 @@ def sense(
     if not r[finite > 0].isfinite().all():
         raise ValueError("the reward of a finite sample is NaN or inf: mend the reward")
     log = dict(reward=r.mean(), reward_std=r.view(-1, K).std(1, unbiased=False).mean())
+    if exits[0].number:  # all ranks have one exit at a time
+        log |= {f"{k}_exit_{exits[0].number}": v for k, v in log.items()}
     if not (method.senses and finite.all()):
         return torch.zeros(N), torch.ones(N), log
     a = group_advantage(r, K)

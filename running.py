@@ -14,6 +14,7 @@ a file, is done by rank 0.
         log(row)
         if row["step"] % 100 == 0:
             running.save(out, row["step"], **parts)
+    running.draw_log(out)
 """
 
 import argparse
@@ -21,10 +22,12 @@ import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +130,17 @@ def progress(items: Iterable | None = None, **options) -> tqdm:
 def half(device: torch.device) -> torch.dtype:
     """The type of weights that are not trained: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which new networks are of a type, so that none is in float32 at first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def autocast(x: Tensor) -> torch.autocast:
@@ -539,6 +553,35 @@ class Log:
         return row
 
 
+def draw_log(out: Path) -> None:
+    """Draw out/log.jsonl to out/curves.png: losses, reward and norms against student updates.
+
+    Rank 0 does it, and nothing is drawn of an empty log. A student of several steps has a line for
+    the reward of each exit.
+    """
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    if ranks().rank > 0 or not rows:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure((12, 3.2), layout="constrained", dpi=110)
+    panels = figure.subplots(1, 3)
+    names = list(dict.fromkeys(k for row in rows for k in row))  # in order, each once
+    for ax, title, shown in (
+        (panels[0], "loss", [k for k in names if k.startswith("loss_")]),
+        (panels[1], "reward", [k for k in names if re.fullmatch(r"reward(_exit_\d+)?", k)]),
+        (panels[2], "norm", [k for k in names if k.endswith("_norm")]),
+    ):
+        for k in shown:
+            points = [(row["step"], row[k]) for row in rows if row.get(k) is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), marker=".", lw=1, label=k)
+                ax.legend(fontsize=7)
+        ax.set(title=title, xlabel="student updates")
+    panels[2].set_yscale("log")
+    figure.savefig(Path(out) / "curves.png")
+
+
 def peak_gib() -> float:
     """The most GPU memory that this process had allocated at a time, in GiB.
 
@@ -547,6 +590,88 @@ def peak_gib() -> float:
     if not torch.cuda.is_available():
         return math.nan
     return torch.cuda.max_memory_allocated() / 2**30
+
+
+# ------------------------------------------------------------------------------- many small jobs
+DONE = None  # a count of steps that the worker processes share
+
+
+class Workers:
+    """Processes that do one job after the other: as many as there are cores, or count.
+
+    Each has one thread, for the networks are small. Make it before anything is computed, since the
+    processes begin as they find this one. On a GPU they begin anew, and one is enough.
+    """
+
+    def __init__(self, count: int | None = None):
+        # A fork starts at once, where it is safe; elsewhere each worker imports torch again.
+        fork = sys.platform == "linux" and not torch.cuda.is_available()
+        context = multiprocessing.get_context("fork" if fork else "spawn")
+        self.done = context.Value("l", 0)
+        self.pool = context.Pool(count or cores(), begin, (self.done,))
+
+    def map(self, work: Callable, jobs: Sequence, what: str) -> list:
+        """work(job) for each job -> results, in order.
+
+        A job has `steps`, their number; work counts them by tick, for the progress bar.
+        """
+        self.done.value = 0
+        results = self.pool.map_async(work, jobs, chunksize=1)
+        total = sum(job.steps for job in jobs)
+        with tqdm(total=total, desc=what, leave=False, disable=None) as bar:
+            while not results.ready():
+                results.wait(0.2)
+                bar.update(min(self.done.value, total) - bar.n)
+        return results.get()
+
+
+def begin(done) -> None:
+    """What a worker does first."""
+    global DONE
+    DONE = done
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+
+
+def tick(i: int) -> None:
+    """Tell the progress bar that step i is done, if this is a worker; now and then is enough."""
+    if DONE is not None and i % 20 == 0:
+        with DONE.get_lock():
+            DONE.value += 20
+
+
+def cores() -> int:
+    """The cores that this process may use.
+
+    In a container, or under a scheduler, they may be fewer than the machine has.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def mean_std(rows: list[dict]) -> dict:
+    """Numbers, a dict a seed -> [mean, std] of each; of a single seed the numbers themselves."""
+    if len(rows) == 1:
+        return rows[0]
+    columns = {k: torch.tensor([row[k] for row in rows], dtype=torch.float64) for k in rows[0]}
+    return {k: [v.mean().item(), v.std().item()] for k, v in columns.items()}
+
+
+def show(arms: dict[str, dict]) -> None:
+    """Print a table: an arm a row, a measure a column.
+
+    Where there are several seeds, it has mean +- standard deviation.
+    """
+    keys = list(next(iter(arms.values())))
+    width = max(map(len, arms)) + 1
+    print(" " * width + "".join(f"{k:>18}" for k in keys))
+    for name, row in arms.items():
+        line = f"{name:{width}}"
+        for k in keys:
+            values = row[k] if isinstance(row[k], list) else [row[k]]
+            line += f"{' +- '.join(f'{v:.3f}' for v in values):>18}"
+        print(line)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -563,6 +688,11 @@ FLAGS = {  # name: group, type, help; a type of bool is --name / --no-name
     "w": ("method", float, "CFG scale of the real teacher; 1 = no guidance"),
     "group": ("method", int, "K, the samples of one condition whose rewards are compared, Eq. 12"),
     "student-steps": ("method", int, "steps in which the student generates"),
+    "exit-aware": (
+        "method",
+        bool,
+        "tell the fake teacher at which of the student's steps a sample was made",
+    ),
     "fake-steps": ("method", int, "fake updates for each student update"),
     "batch": ("optimisation", int, "samples of an update, over all ranks"),
     "accum": (
@@ -626,9 +756,9 @@ class Parser(argparse.ArgumentParser):
         running.run(main, parser.parse_args)
     """
 
-    def __init__(self, doc: str):
+    def __init__(self, doc: str, groups: Iterable[str] = GROUPS):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.groups = {name: self.add_argument_group(name) for name in GROUPS}
+        self.groups = {name: self.add_argument_group(name) for name in groups}
 
     def error(self, message: str) -> None:
         """Say what is wrong in one line, without the usage, and exit with code 2."""
@@ -650,6 +780,24 @@ class Parser(argparse.ArgumentParser):
         self.groups[group].add_argument(f"--{name}", help=text, **options)
 
 
+def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
+    """Give the flags that were not given, and are None, a default -> args.
+
+    It is for defaults that hang on other flags, as those of a dry run do.
+    """
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def positive(args: argparse.Namespace, *names: str) -> None:
+    """ValueError, unless each of these flags is a finite number above 0."""
+    for name in names:
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        require(0 < value < math.inf, f"{flag} {value}: choose it above 0")
+
+
 def require(condition: object, fix: str) -> None:
     """Check an input: ValueError, unless the condition holds.
 
@@ -669,7 +817,7 @@ def run(main: Callable, parse: Callable, hint: str = "") -> None:
     try:
         main(parse())
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; with --resume, training goes on", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         fix = f"; {hint}" if hint and isinstance(error, torch.OutOfMemoryError) else ""

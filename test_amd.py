@@ -805,6 +805,20 @@ def test_blend_moves_weights_to_the_fake():
     assert_close(net.bias, 0.75 * real.bias + 0.25 * fake.bias)
 
 
+def test_blend_leaves_out_what_the_fake_alone_has():
+    """A fake that is told exits has a vector for each, in front of the weights here.
+
+    The blend has the teacher's weights by their names, and the teacher has no such vectors.
+    """
+    net, real, fake = (nn.ModuleDict(dict(out=nn.Linear(3, 2))) for _ in range(3))
+    fake = nn.ModuleDict(dict(exits=nn.Embedding(4, 2), out=fake["out"]))
+
+    amd.blend(net, real, fake, 0.25)
+
+    assert_close(net["out"].weight, 0.75 * real["out"].weight + 0.25 * fake["out"].weight)
+    assert_close(net["out"].bias, 0.75 * real["out"].bias + 0.25 * fake["out"].bias)
+
+
 def test_ddmd_asks_ca_at_a_level_of_its_own(monkeypatch):
     """DM is asked at t, CA at v t_G with noise of its own, as D-DMD has it.
 
@@ -1134,6 +1148,7 @@ def test_backward_simulation_by_hand(u, k):
 
     assert_close(made.x, want)
     assert made.t_G == LEVELS[k]
+    assert made.number == k + 1
     assert len(seen) == k + 1
     assert_close(seen[-1], torch.full((8,), LEVELS[k]))
     got, by_hand = (torch.autograd.grad(v.sum(), net.weight)[0] for v in (made.x, want))
@@ -1952,6 +1967,57 @@ def test_the_log_says_what_the_reward_was():
     close(float(log["adv_clip"]), (a.abs() == 1).double().mean().item())
 
 
+def test_the_log_says_what_the_reward_of_each_exit_was():
+    """A reward may lift one exit of a student and lower another, and the mean tells neither.
+
+    An update has two iterations, and each has one exit. The oracle sorts the rewards that were
+    asked by the levels at which the exits' calls began: 1 is the first exit's, 0.5 the second's.
+    """
+    it, levels, r = Setting(), [], []
+
+    def student(c, u):
+        made = it.generate(c, u)
+        levels.append(made.t_G)
+        return made
+
+    def reward(x, c):
+        r.append(it.reward(x, c))
+        return r[-1]
+
+    logs = it.run(amd.method("amd"), 6, student=student, reward=reward)
+
+    assert {*levels} == {1.0, 0.5}
+    for k, log in enumerate(logs):
+        of_update = [*zip(levels, r, strict=True)][2 * k : 2 * k + 2]
+        for level, number in ((1.0, 1), (0.5, 2)):
+            groups = [v.view(2, 4) for at, v in of_update if at == level]
+            told = f"reward_exit_{number}" in log, f"reward_std_exit_{number}" in log
+            assert told == (bool(groups), bool(groups))
+            if groups:
+                groups = torch.cat(groups)
+                close(float(log[f"reward_exit_{number}"]), groups.mean().item())
+                std = groups.std(1, unbiased=False).mean().item()
+                close(float(log[f"reward_std_exit_{number}"]), std)
+        if len({level for level, _ in of_update}) == 2:
+            mean = (log["reward_exit_1"] + log["reward_exit_2"]) / 2
+            close(float(log["reward"]), float(mean))
+
+
+@pytest.mark.parametrize("kind", ["one step", "a pair"])
+def test_the_log_has_no_reward_of_an_exit_where_there_is_one(kind):
+    """It would say the same twice. Nor does a student that tells no number have any."""
+    it = Setting()
+
+    def student(c, u):
+        made = amd.backward_simulation(it.student, c["z"], c, [1.0], u)
+        return made if kind == "one step" else (made.x, made.t_G)
+
+    (log,) = it.run(amd.method("amd"), 1, student=student)
+
+    assert "reward" in log
+    assert not any("exit" in k for k in log)
+
+
 def test_the_log_says_how_large_the_terms_are():
     """Without guidance there is no CA, and the gradient is DM.
 
@@ -2084,7 +2150,7 @@ class Broken(Setting):
 
     def generate(self, c, u):
         self.rollouts += 1
-        x, t_G, _ = super().generate(c, u)
+        x, t_G, *_ = super().generate(c, u)
         return (x + math.inf if self.is_bad("x") else x), t_G
 
     def ask_fake(self, x_t, t, c):

@@ -18,9 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import amd
+import running
 
 STD, SPACING = 0.15, 2.0
 MODES = torch.tensor([[x, y] for y in (-1, 0, 1) for x in (-1, 0, 1)]) * SPACING  # 3 row + column
@@ -143,7 +140,7 @@ def descend(net: MLP, loss_of: Callable[[], Tensor], lr: float, steps: int) -> N
         opt.zero_grad()
         loss_of().backward()
         opt.step()
-        tick(i)
+        running.tick(i)
 
 
 # ------------------------------------------------------------------------------------- distillation
@@ -300,7 +297,7 @@ def distill(job: Job) -> Result:
         for opt, lr in zip(adam.values(), (STUDENT_LR, FAKE_LR), strict=True):
             opt.param_groups[0]["lr"] = lr * fall
         next(updates)
-        tick(step)
+        running.tick(step)
     shots[steps] = amd.rollout(generate, c, 1.0, seed, grad=False).x
     count = len(arm.levels)
     exits = [amd.rollout(generate, c, (i + 0.5) / count, seed, False).x for i in range(count)]
@@ -380,14 +377,6 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
     return {k: float(v) for k, v in values.items()}
 
 
-def mean_std(rows: list[dict]) -> dict:
-    """Numbers, a dict a seed -> [mean, std] of each; of a single seed the numbers themselves."""
-    if len(rows) == 1:
-        return rows[0]
-    columns = {k: torch.tensor([row[k] for row in rows], dtype=torch.float64) for k in rows[0]}
-    return {k: [v.mean().item(), v.std().item()] for k, v in columns.items()}
-
-
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # by seeds
 
 
@@ -401,62 +390,12 @@ def interval(values: list[float]) -> list[float]:
 def table(results: dict[str, list[Result]], reward: str) -> dict:
     """The measures of each arm's last samples, mean and std over seeds."""
     return {
-        name: mean_std([measure(run.last, reward) for run in runs])
+        name: running.mean_std([measure(run.last, reward) for run in runs])
         for name, runs in results.items()
     }
 
 
-# ---------------------------------------------------------------------------------------- processes
-DONE = None  # a shared count of steps that all workers have done
-
-
-def begin(done) -> None:
-    """What a worker does first."""
-    global DONE
-    DONE = done
-    torch.set_num_threads(1)
-
-
-def tick(i: int) -> None:
-    """Count steps, for the progress bar; now and then is enough."""
-    if DONE is not None and i % 20 == 0:
-        with DONE.get_lock():
-            DONE.value += 20
-
-
-class Workers:
-    """As many processes as there are cores.
-
-    Each takes a job after the other, with one thread, for the networks are small.
-    """
-
-    def __init__(self):
-        # A fork starts at once, where it is safe; elsewhere each worker imports torch again.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.done = context.Value("l", 0)
-        self.pool = context.Pool(cores(), begin, (self.done,))
-
-    def map(self, work: Callable, jobs: list[Job], what: str) -> list:
-        """work(job) for each job -> results, in order."""
-        self.done.value = 0
-        results = self.pool.map_async(work, jobs, chunksize=1)
-        with tqdm(total=sum(j.steps for j in jobs), desc=what, leave=False, disable=None) as bar:
-            while not results.ready():
-                results.wait(0.2)
-                bar.update(min(self.done.value, bar.total) - bar.n)
-        return results.get()
-
-
-def cores() -> int:
-    """The cores that this process may use.
-
-    In a container, or under a scheduler, they may be fewer than the machine has.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
+# --------------------------------------------------------------------------- what all figures share
 @dataclass(frozen=True)
 class Lab:
     """The settings of a figure, and what runs its arms.
@@ -464,7 +403,7 @@ class Lab:
     They are the flags of the command line, with the figure's own defaults.
     """
 
-    workers: Workers
+    workers: running.Workers
     reward: str
     tau: float
     s: float
@@ -614,7 +553,7 @@ def methods(lab: Lab):
     told = table(results, lab.reward)
     for name, runs in results.items():
         first = [measure(run.exits[0], lab.reward) for run in runs]
-        told[f"{name}, exit 1"] = mean_std(first)
+        told[f"{name}, exit 1"] = running.mean_std(first)
     return figure, dict(arms=told, tau=lab.tau, lam=lam)
 
 
@@ -643,7 +582,7 @@ def exits(lab: Lab):
             plane(ax, title, points=runs[0].exits[i], reward=reward)
             ax.title.set_fontsize(7)
             measured = [measure(run.exits[i], reward) for run in runs]
-            told[f"{name}, exit {i + 1}"] = mean_std(measured)
+            told[f"{name}, exit {i + 1}"] = running.mean_std(measured)
     return figure, dict(arms=told)
 
 
@@ -667,7 +606,7 @@ def tilt(lab: Lab):
         mean, half = interval(slopes)
         label = f"{name}: slope {mean:.2f}, law {1 / tau:g}"
         ax.plot(line, line / tau, color=f"C{i}", lw=1, label=label)
-        own = mean_std([measure(run.last, "global") for run in runs])
+        own = running.mean_std([measure(run.last, "global") for run in runs])
         told[name] = dict(own, slope=mean, half_width=half, law=1 / tau)
     ax.set(
         title="AMD tilts: p_student ~ p_real exp(a / tau)",
@@ -957,15 +896,8 @@ FIGURES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"toy2d.py: {message}\n")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = running.Parser(__doc__, groups=())
     what = parser.add_argument_group("what to draw")
     what.add_argument("--figure", choices=[*FIGURES, "all"], default="shaping")
     what.add_argument("--animate", action="store_true", help="write shaping.gif instead")
@@ -999,7 +931,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose at least 1")
 
 
-def lab_of(args: argparse.Namespace, figure: str, workers: Workers) -> Lab:
+def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers) -> Lab:
     """The settings of a figure, which has defaults of its own.
 
     The strawman's is the corner reward, as in Fig. 8; tau is small where a reward suppresses modes.
@@ -1021,26 +953,10 @@ def lab_of(args: argparse.Namespace, figure: str, workers: Workers) -> Lab:
     )
 
 
-def show(arms: dict[str, dict]) -> None:
-    """Print a table: an arm a row, a measure a column.
-
-    Where there are several seeds, it has mean +- standard deviation.
-    """
-    keys = list(next(iter(arms.values())))
-    width = max(map(len, arms)) + 1
-    print(" " * width + "".join(f"{k:>15}" for k in keys))
-    for name, row in arms.items():
-        line = f"{name:{width}}"
-        for k in keys:
-            values = row[k] if isinstance(row[k], list) else [row[k]]
-            line += f"{' +- '.join(f'{v:.3f}' for v in values):>15}"
-        print(line)
-
-
 def main(args: argparse.Namespace) -> None:
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    workers = Workers()
+    workers = running.Workers()
     if args.animate:
         animate(lab_of(args, "animate", workers), args.out / "shaping.gif")
         print(f"see {args.out / 'shaping.gif'}")
@@ -1056,17 +972,8 @@ def main(args: argparse.Namespace) -> None:
         (args.out / f"{figure}.json").write_text(text)
         seeds = f"{len(lab.seeds)} seed{'s' if len(lab.seeds) > 1 else ''}"
         print(f"\n{figure}, {told['reward']} reward, {seeds}, {seconds} s, in {args.out}")
-        show(told["arms"])
+        running.show(told["arms"])
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except KeyboardInterrupt:
-        sys.exit("toy2d.py: interrupted")
-    except ValueError as error:
-        print(f"toy2d.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"toy2d.py: {error}: choose another --out", file=sys.stderr)
-        sys.exit(2)
+    running.run(main, parse)

@@ -97,7 +97,7 @@ def broken(folder):
 
         def student(c, u, it=it, rollouts=rollouts):
             rollouts.append(0)
-            x, t_G, _ = it.generate(c, u)
+            x, t_G, *_ = it.generate(c, u)
             bad = running.ranks().rank == 1 and len(rollouts) <= 2
             return (x * torch.nan if bad else x), t_G
 

@@ -8,11 +8,14 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from argparse import Namespace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ def parts_of(net):
     return dict(student=(net, opt, None))
 
 
-# --------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 kinds = pytest.mark.parametrize("kind", ["plain", "sharded"])
 
 
@@ -191,7 +194,7 @@ def test_half_a_launch_says_what_it_lacks(monkeypatch):
         running.launch()
 
 
-# ---------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 def test_the_average_follows_the_weights():
     """At a decay of .9 a tenth of a change is in the average after one update.
 
@@ -267,7 +270,7 @@ def test_a_shared_copy_holds_no_weight_twice_and_hides_its_adapter():
     assert not running.adapters(base)
 
 
-# -------------------------------------------------------------------------------- the run's folder
+# --------------------------------------------------------------------------------- the run's folder
 CONFIG = dict(lr=1e-3, steps=5, out="x")
 
 
@@ -426,7 +429,7 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path):
     running.open_run(tmp_path, CONFIG)
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_the_newest_checkpoint_is_loaded(tmp_path):
     """Steps count as numbers: 9 comes before 10, though not in the alphabet.
 
@@ -643,7 +646,193 @@ def test_a_resumed_log_drops_what_it_writes_again(tmp_path):
     assert steps == [1, 2]
 
 
-# ------------------------------------------------------------------------------------ command line
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, instead of their files."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append((figure, path)))
+    return figures
+
+
+def test_the_log_is_drawn_with_a_line_for_each_number(tmp_path, drawn):
+    """The reward of each exit has a line of its own, which has points where that exit came.
+
+    A null, which was no finite number, leaves a gap. What is no loss, reward or norm is not drawn.
+    """
+    rows = [
+        dict(step=1, loss_fake=3.0, reward=0.1, reward_std=9.0, reward_exit_1=0.2, g_norm=1.0),
+        dict(step=2, loss_fake=None, reward=0.3, reward_std=9.0, reward_exit_2=0.4, g_norm=None),
+        dict(step=3, loss_fake=1.0, reward=0.5, reward_std=9.0, reward_exit_1=0.6, g_norm=None),
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    running.draw_log(tmp_path)
+
+    ((figure, path),) = drawn
+    assert path == tmp_path / "curves.png"
+    panels = {}
+    for ax in figure.axes:
+        lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+        panels[ax.get_title()] = lines
+    assert panels == dict(
+        loss=dict(loss_fake=[[1, 3.0], [3, 1.0]]),
+        reward=dict(
+            reward=[[1, 0.1], [2, 0.3], [3, 0.5]],
+            reward_exit_1=[[1, 0.2], [3, 0.6]],
+            reward_exit_2=[[2, 0.4]],
+        ),
+        norm=dict(g_norm=[[1, 1.0]]),
+    )
+
+
+def test_nothing_is_drawn_of_an_empty_log(tmp_path, drawn):
+    """A run of no updates, or of fewer than a row of the log takes, must still end well."""
+    running.Log(tmp_path, batch=8)
+
+    running.draw_log(tmp_path)
+
+    assert not drawn
+
+
+def test_a_log_without_a_reward_is_drawn(tmp_path):
+    """Stage one of a run asks no reward, and a number may be null in all rows."""
+    log = running.Log(tmp_path, batch=8)
+    log(dict(step=1, loss_fake=1.0, g_norm=math.nan))
+
+    running.draw_log(tmp_path)
+
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------------------- many small jobs
+class Job(NamedTuple):
+    """A job of a worker: how long it takes, and what it makes."""
+
+    seconds: float
+    number: int
+    steps: int = 40
+
+
+def work(job):
+    """Take a while, step by step, and fail at number 13."""
+    time.sleep(job.seconds)
+    for step in range(job.steps):
+        running.tick(step)
+    if job.number == 13:
+        raise ValueError("thirteen")
+    return job.number, os.getpid(), torch.get_num_threads()
+
+
+def test_results_of_workers_come_in_the_order_of_the_jobs():
+    """A job that ends early must not be taken for another. The first here takes longest.
+
+    The jobs are done by several processes, with one thread each, and their steps are counted.
+    """
+    workers = running.Workers(3)
+
+    results = workers.map(work, [Job(0.4, 0), Job(0.2, 1), Job(0, 2), Job(0, 3)], "jobs")
+
+    numbers, pids, threads = zip(*results, strict=True)
+    assert numbers == (0, 1, 2, 3)
+    assert os.getpid() not in pids
+    assert len({*pids}) > 1
+    assert {*threads} == {1}
+    assert workers.done.value == 4 * 40
+
+
+def test_an_error_of_a_job_reaches_the_caller():
+    """running.run makes one line of it there. The workers are still of use."""
+    workers = running.Workers(2)
+
+    with pytest.raises(ValueError, match="thirteen"):
+        workers.map(work, [Job(0, 1), Job(0, 13)], "jobs")
+
+    ((number, *_),) = workers.map(work, [Job(0, 4)], "jobs")
+    assert number == 4
+
+
+# A script whose workers have work for a minute.
+LONG_WORK = """
+import signal, time, types, running
+def work(job):
+    time.sleep(60)
+def main(args):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    workers = running.Workers(2)
+    print("at work", flush=True)
+    workers.map(work, [types.SimpleNamespace(steps=1)] * 4, "jobs")
+running.run(main, lambda: None)
+"""
+
+
+def test_ctrl_c_ends_all_workers_in_one_line(tmp_path):
+    """A terminal sends it to all processes at once, and each worker would print a traceback.
+
+    Here they are a group of their own, as under a shell. Their pipe ends when the last of them is
+    gone.
+    """
+    process = start(
+        LONG_WORK,
+        tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "at work\n"
+    time.sleep(0.5)
+
+    os.killpg(process.pid, signal.SIGINT)
+
+    output, _ = process.communicate(timeout=30)
+    assert output == "-c: interrupted\n"
+    assert process.returncode == 130
+
+
+def test_seeds_are_told_by_mean_and_spread(capsys):
+    """One seed has no spread, so its number stands alone; of two it is sqrt(1/2) of their distance.
+
+    The table has a row for each arm and a column for each measure.
+    """
+    two, one = running.mean_std([dict(a=1.0), dict(a=3.0)]), running.mean_std([dict(a=0.5)])
+    running.show(dict(both=two, single=one))
+
+    assert two == dict(a=[2.0, pytest.approx(2**0.5)])
+    assert one == dict(a=0.5)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["a"], ["both", "2.000", "+-", "1.414"], ["single", "0.500"]]
+
+
+# ------------------------------------------------------------------------------------- command line
+def test_fill_gives_a_default_to_what_was_not_given():
+    """Defaults that hang on another flag, as on --dry-run, can be set only when all are known.
+
+    What was given stays, also if it counts as false.
+    """
+    args = Namespace(steps=None, lr=0.0, out="mine")
+
+    filled = running.fill(args, dict(steps=9, lr=1.0))
+
+    assert filled is args
+    assert vars(args) == dict(steps=9, lr=0.0, out="mine")
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, math.nan, math.inf, -math.inf])
+def test_positive_refuses_what_is_not_above_0_or_no_number(value):
+    """A learning rate of NaN would pass any comparison that is turned about.
+
+    The message has the flag as it is typed.
+    """
+    args = Namespace(fake_lr=value, steps=3)
+
+    running.positive(args, "steps")
+
+    with pytest.raises(ValueError, match=rf"--fake-lr {value}: choose it above 0"):
+        running.positive(args, "steps", "fake_lr")
+
+
 def test_shared_flags_have_one_name_one_type_and_one_help(capsys):
     """A flag means the same in every script, and --help shows all in groups, in one order.
 
@@ -706,7 +895,7 @@ def test_require_raises_what_to_do():
         (OSError("no room"), "sdxl.py: no room\n", 2),
         (FloatingPointError("ten"), "sdxl.py: ten\n", 2),
         (torch.OutOfMemoryError("all used"), "sdxl.py: all used; buy memory\n", 2),
-        (KeyboardInterrupt(), "sdxl.py: interrupted; with --resume, training", 130),
+        (KeyboardInterrupt(), "sdxl.py: interrupted\n", 130),
     ],
 )
 def test_an_expected_error_is_one_line(error, message, code, monkeypatch, capsys):

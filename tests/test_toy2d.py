@@ -158,7 +158,7 @@ def test_a_fake_that_is_told_the_exit_begins_as_one_that_is_not():
 
 def test_there_are_no_more_workers_than_cores_that_may_be_used():
     """A machine may have many cores of which a container gives us one."""
-    command = "import os, toy2d; os.sched_setaffinity(0, {0}); print(toy2d.cores())"
+    command = "import os, running; os.sched_setaffinity(0, {0}); print(running.cores())"
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     got = subprocess.run(
         [sys.executable, "-c", command],
