@@ -1,23 +1,27 @@
-"""sit_imagenet.py: SiT's network and its files, bad input, the evaluation, a run, its samples.
+"""sit_imagenet.py: bad input, a run on one rank and on two, its student, samples, speed report.
 
-Networks have two layers of width 32 and random weights (--dry-run tiny), or are those of the preset
-of digits. Neither needs a file from the internet or a GPU.
+Networks have two layers of width 32 and random weights (--dry-run tiny), so nothing needs a file
+from the internet or a GPU. The network itself and its files are tested in test_sit.py.
 """
 
-import argparse
-import itertools
 import json
 import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.figure  # noqa: F401, forks need not import again what is imported here
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL  # noqa: F401
 from torch.testing import assert_close
 
 import amd
 import running
 import sit_imagenet as sit
-from helpers import CPU, picture, pictures, read_log, run_main, survive
+from helpers import CPU, Forked, read_log, run_main, survive
+from parts.sit import SiT
 
 
 @pytest.fixture(autouse=True)
@@ -34,378 +38,100 @@ def elsewhere(tmp_path_factory):
         yield
 
 
-# ------------------------------------------------------------------------------- the network of SiT
-SIZE = dict(model="tiny/2", side=8)  # width 32; latents (4, 8, 8) are 4 x 4 patches of 2 x 2
-kinds_of_files = pytest.mark.parametrize(
-    "learn_sigma",
-    [True, False],
-    ids=["SiT", "REPA"],
-)
+TINY = ["--dry-run", "tiny"]
+RUN = "--student-steps 2 --steps 6 --save-every 2 --sample-every 4 --log-every 1"
+RUN = [*TINY, *RUN.split()]
 
 
-def inputs(count=3):
-    """Latents x (B, 4, 8, 8), levels t (B,), classes y (B,)."""
-    return torch.randn(count, 4, 8, 8), torch.rand(count), torch.arange(count)
+def arguments(*flags):
+    """The arguments of a dry run."""
+    return sit.parse([*TINY, *map(str, flags)])
 
 
-def test_positions_are_sines_of_the_column_then_of_the_row():
-    """REPA's files and SiT's hold this table as a weight, and both have x, the column, first.
-
-    The oracle is the formula of a sine embedding, for one token at a time. It has 32 numbers: eight
-    sines and eight cosines of the column, then of the row.
-    """
-    net = sit.SiT(**SIZE)
-
-    omega = 1e4 ** (-torch.arange(8) / 8)
-    embed = net.pos_embed.view(4, 4, 32)
-    for row, column in itertools.product(range(4), range(4)):
-        x, y = column * omega, row * omega
-        assert_close(
-            embed[row, column],
-            torch.cat([x.sin(), x.cos(), y.sin(), y.cos()]),
-        )
-
-
-@kinds_of_files
-def test_the_level_enters_by_cosines_then_sines(learn_sigma):
-    """At time 0 SiT's own networks see noise, REPA's see the image; for us t = 0 is the image.
-
-    The oracle is SiT's embedding of a time, 128 cosines and then 128 sines of it, which a hook
-    reads where it enters the network's first layer.
-    """
-    net = sit.SiT(**SIZE, learn_sigma=learn_sigma)
-    x, t, y = inputs()
-    entered = []
-    net.t_embedder["mlp"].register_forward_pre_hook(
-        lambda module, args: entered.append(args[0]),
-    )
-
-    net(x, t, y)
-
-    time = 1 - t if learn_sigma else t
-    angle = time[:, None] * 1e4 ** (-torch.arange(128) / 128)
-    assert_close(
-        entered[0],
-        torch.cat([angle.cos(), angle.sin()], 1),
-    )
-
-
-def test_a_token_writes_its_patch_row_by_row_with_channels_last():
-    """The oracle is SiT's unpatchify: a token's 16 numbers are (row, column, channel).
-
-    The bias of the last layer tells them apart. It is all that a new network puts out, because the
-    weights of that layer begin at 0.
-    """
-    net = sit.SiT(**SIZE)
-    net.final_layer["linear"].bias.data.copy_(torch.arange(16))
-
-    v = net(*inputs())
-
-    for row, column, channel in itertools.product(range(2), range(2), range(4)):
-        assert (v[:, channel, row::2, column::2] == 8 * row + 4 * column + channel).all()
-
-
-def test_a_token_reads_the_patch_that_it_writes():
-    """Tokens lie row by row, on the way in and on the way out.
-
-    The blocks of a new network are gated off, so its tokens do not see each other. Where one patch
-    of the latents changes, that patch of the velocity must change, and no other.
-    """
-    net = sit.SiT(**SIZE)
-    net.final_layer["linear"].weight.data.normal_()
-    x, t, y = inputs()
-    other = x.clone()
-    other[:, :, 2:4, 6:8] += 1
-
-    moved = (net(other, t, y) - net(x, t, y)).abs() > 1e-5
-
-    want = torch.zeros(8, 8, dtype=bool)
-    want[2:4, 6:8] = True
-    assert moved.any(0).any(0).equal(want)
-
-
-# --------------------------------------------------------------------------------- files of weights
-def random_state(learn_sigma):
-    """Random weights under the keys of a tiny SiT.
-
-    None of them is 0, as some are in a new network, and the positions are random too: what a file
-    holds is what counts.
-    """
-    state = sit.SiT(**SIZE, learn_sigma=learn_sigma).state_dict()
-    return {k: 0.2 * torch.randn_like(v) for k, v in state.items()}
-
-
-def first_channels(state):
-    """The state of SiT's kind of file, without the second four of eight channels out.
-
-    SiT's networks have room for a sigma there, which nothing uses.
-    """
-    last = ("final_layer.linear.weight", "final_layer.linear.bias")
-    pixels = {k: state[k].unflatten(0, (4, 8)) for k in last}
-    return state | {k: v[:, :4].flatten(0, 1) for k, v in pixels.items()}
-
-
-def read(path):
-    """The network in a file, if the file fits --model."""
-    args = sit.parse(["--dry-run", "tiny", "--model", "tiny/2"])
-    return sit.read_sit(path, args)
-
-
-def check(net, state, velocity):
-    """Check that net is velocity(plain, x, t, y), and its denoiser x - t v.
-
-    plain has four channels out, no learned sigma, and the weights `state`. v is the velocity
-    noise - x, as everywhere in this project.
-    """
-    plain = sit.SiT(**SIZE)
-    plain.load_state_dict(state)
-    x, t, y = inputs()
-
-    v = velocity(plain, x, t, y)
-    assert_close(net(x, t, y), v)
-    assert_close(
-        sit.denoiser(net)(x, t, y),
-        x - t[:, None, None, None] * v,
-    )
-
-
-def test_a_file_of_sit_has_eight_channels_and_noise_at_0(tmp_path):
-    """It is a training checkpoint, whose average counts, with SiT's arguments beside it.
-
-    Its time runs the other way than ours, so its velocity is x - noise. The oracle is a network
-    without the unused channels that is asked at 1 - t and whose answer is turned about.
-    """
-    state = random_state(learn_sigma=True)
-    checkpoint = dict(ema=state, args=argparse.Namespace(lr=1))
-    torch.save(checkpoint, tmp_path / "sit.pt")
-
-    def velocity(plain, x, t, y):
-        return -plain(x, 1 - t, y)
-
-    check(
-        read(tmp_path / "sit.pt"),
-        first_channels(state),
-        velocity,
-    )
-
-
-def test_a_file_of_repa_has_four_channels_and_noise_at_1(tmp_path):
-    """It is a bare state with REPA's projectors in it, which served its training only.
-
-    Its time and its velocity are ours, so the oracle is the plain network with these weights.
-    """
-    state = random_state(learn_sigma=False)
-    projectors = {"projectors.0.weight": torch.ones(3)}
-    torch.save(state | projectors, tmp_path / "repa.pt")
-
-    def velocity(plain, x, t, y):
-        return plain(x, t, y)
-
-    check(
-        read(tmp_path / "repa.pt"),
-        state,
-        velocity,
-    )
-
-
-@kinds_of_files
-def test_a_file_that_lacks_a_weight_is_refused(tmp_path, learn_sigma):
-    """It must not become a network of which a part is random.
-
-    The message names the model that was asked for.
-    """
-    state = random_state(learn_sigma)
-    del state["pos_embed"]
-    torch.save(state, tmp_path / "less.pt")
-
-    with pytest.raises(ValueError, match="is no SiT tiny"):
-        read(tmp_path / "less.pt")
+def prepared(*flags):
+    """Networks, optimizers and closures as `train` makes them, from the same seed."""
+    return sit.prepare(arguments(*flags), CPU)
 
 
 # ---------------------------------------------------------------------------------------- bad input
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A folder to work in.
-
-    In it `file` is empty, and the labelled folder `images` has one class.
-    """
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with an empty `file` and the config of a run of two steps in `other`."""
     monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "images")
-    (tmp_path / "images/class").mkdir()
-    picture("images/0.png").save("images/class/a.png")
     (tmp_path / "file").touch()
+    config = dict(model="tiny/2", image_size=64, student_steps=2, exit_aware=True)
+    running.open_run("other", config)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "give --teacher, a file of SiT"),
-        ("--preset digits --lr -1", "choose lr"),
-        ("--preset digits --method dmd", "no sample"),
-        ("--preset cifar10 --data images", "one class"),
-        ("--group 7", "divides the batch"),
-        ("--accum 3", "take a multiple"),
-        ("--w 1 2", "choose one --w"),
-        ("--teacher file", "is no SiT XL/2 at 256 px"),
-        ("--init .", "config.json"),
+        ("", "give --teacher, a file of SiT or REPA"),
+        ("sample", "give --teacher, a file of SiT or REPA"),
+        ("--teacher file", "file is no SiT XL/2 at 256 px (the file is empty)"),
+        ("--teacher nowhere", "nowhere is no SiT XL/2 at 256 px"),
+        ("sample --teacher other", "sit.pt is no SiT XL/2 at 256 px"),
+        ("--dry-run tiny --lr -1", "--lr -1.0: choose it above 0"),
+        ("--dry-run tiny --w nan", "--w nan: choose it above 0"),
+        ("--dry-run tiny --student-steps 0", "--student-steps 0: choose it above 0"),
+        ("--dry-run tiny --ema 1", "--ema 1.0: choose it in [0, 1)"),
+        ("--dry-run tiny --base-steps -1", "--base-steps: choose 0 or more"),
+        ("--dry-run tiny --image-size 60", "--image-size: choose a multiple of 8"),
+        ("--dry-run tiny --model tiny/3", "--model tiny/3: give size/patch"),
+        ("--dry-run tiny --s 2", "choose s in [0, 1]"),
+        ("--dry-run tiny --tau 0", "choose tau above 0"),
+        ("--dry-run tiny --group 7", "K = 7"),
+        ("--dry-run tiny --accum 3", "--batch 16 on 3 ranks and micro-batches: take a multiple"),
+        ("--dry-run tiny --init file", "config.json is of no run"),
+        ("--dry-run tiny --init other --image-size 128", "has another --image-size"),
+        ("--dry-run tiny --init other", "has another --student-steps: choose the same"),
+        ("evaluate", "give --samples and --ref"),
     ],
 )
-def test_bad_input_says_what_to_mend_before_anything_is_written(files, flags, message):
+def test_bad_input_says_what_to_mend_before_anything_is_written(folder, flags, message):
     """running.run makes one line and exit code 2 of these errors.
 
-    All are found before the folder of the run is made, whose default is runs/PRESET.
+    All are found before the folder of the run is made, whose default is runs/imagenet, for a user
+    who mends the flag must not be told then that there is a run.
     """
     args = sit.parse(flags.split())
 
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         sit.main(args)
 
-    assert not (files / "runs").exists()
+    assert not (folder / "runs").exists()
 
 
-# --------------------------------------------------------------------------------------- evaluation
-@pytest.fixture
-def features(monkeypatch):
-    """Features (6, 128) that every set of images has.
+# ---------------------------------------------------------------------------------- what a run does
+def test_a_denoiser_takes_the_velocity_off():
+    """SiT's velocity is noise - x, so x is x_t - t v, with a level t for each sample."""
+    net = SiT("tiny/2", 8)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.5, 1.0]), torch.arange(3)
 
-    They stand for those of Inception, its logits and the features of sFID; no network is loaded.
+    x0, v = sit.denoiser(net)(x, t, y), net(x, t, y)
+
+    assert_close(x0[0], x[0])
+    assert_close(x0[1], x[1] - v[1] / 2)
+    assert_close(x0[2], x[2] - v[2])
+
+
+def test_latents_are_scaled_as_the_decoder_learned_them(monkeypatch):
+    """SiT's latents have standard deviation 1, and those of sd-vae-ft-ema 1 / 0.18215.
+
+    Here the decoder gives back what it was given.
     """
-    pool = torch.randn(6, 128)
+    vae = SimpleNamespace(decode=lambda x: SimpleNamespace(sample=x))
+    for name in ("to", "eval", "requires_grad_"):
+        setattr(vae, name, lambda *_: vae)
+    monkeypatch.setattr(sit.tiny, "sd_vae", lambda size: vae)
+    x = torch.randn(2, 4, 8, 8)
 
-    def judge(images):
-        return pool, pool, pool
+    image = sit.load_decoder(arguments(), CPU)(x)
 
-    monkeypatch.setattr(sit, "inception", lambda device: judge)
-    return pool
-
-
-@pytest.fixture
-def images():
-    """Six random images of 32 pixels a side, in bytes."""
-    numbers = np.random.default_rng(0)
-    return numbers.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-
-
-def evaluate(capsys, samples, ref):
-    """The task `evaluate` on two sets of images -> the numbers that it prints."""
-    flags = ["--samples", str(samples), "--ref", str(ref)]
-    sit.main(sit.parse(["evaluate", *flags]))
-    return json.loads(capsys.readouterr().out)
-
-
-def test_evaluate_finds_a_set_at_no_distance_from_itself(tmp_path, capsys, features, images):
-    """A set is all of itself, so its precision and its recall are 1."""
-    np.savez(tmp_path / "images.npz", images)
-
-    got = evaluate(
-        capsys,
-        samples=tmp_path / "images.npz",
-        ref=tmp_path / "images.npz",
-    )
-
-    assert abs(got["FID"]) < 1e-2
-    assert abs(got["sFID"]) < 1e-2
-    assert got["precision"] == got["recall"] == 1
-
-
-def test_evaluate_takes_adms_statistics_instead_of_the_images(tmp_path, capsys, features, images):
-    """ADM's npz holds the statistics, mu and sigma, of more images than it lists.
-
-    Here mu is 0.5 off in each of 128 features, so FID is 128 times 0.5^2. This npz has no mu_s and
-    sigma_s, so sFID is of its images, and so are precision and recall, which know no statistics.
-    """
-    np.savez(tmp_path / "images.npz", images)
-    mu, sigma = features.double().mean(0), torch.cov(features.double().T)
-    np.savez(tmp_path / "adm.npz", images, mu=mu + 0.5, sigma=sigma)
-
-    got = evaluate(
-        capsys,
-        samples=tmp_path / "images.npz",
-        ref=tmp_path / "adm.npz",
-    )
-
-    assert abs(got["FID"] - 32) < 1e-2
-    assert abs(got["sFID"]) < 1e-2
-    assert got["precision"] == got["recall"] == 1
-
-
-def test_evaluate_of_a_folder_without_images_says_what_to_give(tmp_path, capsys, features, images):
-    np.savez(tmp_path / "images.npz", images)
-    (tmp_path / "empty").mkdir()
-
-    with pytest.raises(ValueError, match="a folder of png, jpg of one size"):
-        evaluate(
-            capsys,
-            samples=tmp_path / "empty",
-            ref=tmp_path / "images.npz",
-        )
-
-
-# ------------------------------------------------------------------------------- a run, its samples
-TINY = ["--dry-run", "tiny"]
-RUN = [*TINY, "--steps", "6", "--save-every", "2", "--log-every", "1", "--chunk", "4"]
-COLUMNS = {
-    "step",
-    "fake_step",
-    "g_norm",
-    "dm_norm",
-    "ca_norm",
-    "loss_student",
-    "loss_fake",
-    "reward",
-    "reward_std",
-    "adv_clip",
-    "w_mean",
-    "skipped",
-    "sec",
-    "samples_per_s",
-    "mem_gib",
-}
-
-
-def prepared(*flags):
-    """Networks, optimizers and closures as `train` makes them, from the same seed."""
-    return sit.prepare(sit.parse([*TINY, *flags]), CPU)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run of six updates, after two of pure DMD.
-
-    survive() has compared it with one that was killed by kill -9 and resumed: both have written the
-    same student and the same log, bit for bit.
-    """
-    folder = tmp_path_factory.mktemp("run")
-    return survive(folder, "sit_imagenet", RUN, ranks=1)
-
-
-def weights_of(run):
-    """The student that a run has written in the end."""
-    return torch.load(run / "student/sit.pt")["ema"]
-
-
-def test_a_run_survives_kill_9_and_its_log_has_every_column(run):
-    """That it survives is what the fixture `run` has found.
-
-    The README explains these columns; a reader of log.jsonl may rely on them.
-    """
-    killed = run.with_name("killed")
-
-    assert read_log(killed)[0].keys() >= COLUMNS
-
-
-def test_the_student_of_a_run_is_the_average_in_its_last_checkpoint(run):
-    """The average is what samples were drawn by, and not the weights of the last update.
-
-    The oracle is the checkpoint of step 6, loaded into networks that were made anew.
-    """
-    again = prepared()
-    assert running.load(run, **again.parts) == 6
-
-    saved = weights_of(run)
-    for name, average in again.ema.shadow.items():
-        assert average.equal(saved[name])
+    assert_close(image * 0.18215, x)
 
 
 def test_a_group_shares_one_class_in_whole_and_micro_batches():
@@ -422,18 +148,228 @@ def test_a_group_shares_one_class_in_whole_and_micro_batches():
     assert second_half.equal(groups[1])
 
 
-def sample(run, out, *more):
-    """The task `sample`: eight images by a run's student, to a folder -> (8, H, W, 3)."""
-    flags = [*RUN, "--teacher", run, "--out", out]
-    run_main("sit_imagenet", ["sample", *flags, *more])
+def test_the_fake_is_told_the_number_of_the_exit():
+    """Three steps begin at the levels 1, 2/3 and 1/3, which are the exits 0, 1 and 2.
+
+    That is the default. The fake has a vector for each of them, and no other network has.
+    """
+    run = prepared("--student-steps", "3")
+    y = torch.tensor([4, 5])
+
+    levels = [1.0, 1 - 1 / 3, 1 - 2 / 3]
+    told = [run.train.keywords["aware"](y, level) for level in levels]
+
+    assert [exit.tolist() for _, exit in told] == [[0, 0], [1, 1], [2, 2]]
+    assert all(classes is y for classes, _ in told)
+    assert len(run.fake.exit_embedder.weight) == 3
+    assert run.student.exit_embedder is None is run.real.exit_embedder
+
+
+@pytest.mark.parametrize("flags", ["--student-steps 1", "--student-steps 2 --no-exit-aware"])
+def test_a_fake_is_told_no_exit_where_there_is_one_or_none_is_wanted(flags):
+    """A vector that is always the same would be one more bias, and a key more in the checkpoint."""
+    run = prepared(*flags.split())
+
+    assert run.train.keywords["aware"] is None
+    assert run.fake.exit_embedder is None
+
+
+@pytest.mark.parametrize("base, adapted", [(None, 0.375), ("base", 0)])
+def test_dmdr_adapts_its_teacher_in_a_stage_without_reward(base, adapted):
+    """DMDR's teacher moves to the fake in its first stage, which here is the pure DMD of the base.
+
+    Where there is no base, stage two is all there is, and r begins at 3/8. It is 0 halfway.
+    """
+    method = sit.method_of(arguments(), sit.Stage(Path("out"), "dmdr", 100, base))
+
+    assert method.phi(0) == adapted
+    assert method.phi(50) == 0
+    assert method.lam == 0.05
+
+
+def test_stage_one_is_pure_dmd_whatever_comes_then():
+    """Its method has no force of a reward and does not sense one, and its teacher stands still."""
+    args = arguments("--method", "dmdr", "--s", "0.3")
+
+    method = sit.method_of(args, sit.Stage(Path("out"), "dmd", 100))
+
+    assert not method.senses
+    assert method.lam == 0
+    assert method.phi(0) == 0
+
+
+# ----------------------------------------------------------------------------------------- two runs
+COLUMNS = {
+    "step",
+    "fake_step",
+    "g_norm",
+    "dm_norm",
+    "ca_norm",
+    "loss_student",
+    "loss_fake",
+    "reward",
+    "reward_std",
+    "skipped",
+    "sec",
+    "samples_per_s",
+    "mem_gib",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of AMD on one rank: six updates, after two of pure DMD.
+
+    survive() has compared it with one that was killed by kill -9 and resumed: both have written the
+    same student and the same log, bit for bit.
+    """
+    return survive(tmp_path_factory.mktemp("run"), "sit_imagenet", RUN, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def run_of_two_ranks(tmp_path_factory):
+    """The same of DMDR on two ranks, sharded by FSDP2, and without a base.
+
+    So its teacher is adapted, by a fake that has the exits' vectors more than the teacher. Half of
+    the samples will do, and curves are drawn by the other run.
+    """
+    small = ["--batch", "8", "--group", "4", "--sample-every", "6"]
+    flags = [*RUN, *small, "--method", "dmdr", "--base-steps", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "draw_log", lambda out: None)
+        return survive(tmp_path_factory.mktemp("two_ranks"), "sit_imagenet", flags, ranks=2)
+
+
+runs = pytest.mark.parametrize("name", ["run", "run_of_two_ranks"])
+
+
+@runs
+def test_a_run_survives_kill_9_and_its_log_has_every_column(request, name):
+    """That it survives is what the fixture has found.
+
+    The docs explain these columns; a reader of log.jsonl may rely on them. The reward is told for
+    each of the two exits too.
+    """
+    killed = request.getfixturevalue(name).with_name("killed")
+
+    rows = read_log(killed)
+
+    assert rows[0].keys() >= COLUMNS
+    told = set().union(*rows)
+    assert told >= {"reward_exit_1", "reward_exit_2", "reward_std_exit_1", "reward_std_exit_2"}
+
+
+@runs
+def test_the_student_of_a_run_is_that_of_its_last_checkpoint(request, name):
+    """`ema` is the average, which is what samples were drawn by, and `model` the last weights.
+
+    The oracle is the checkpoint of step 6, loaded into networks that were made anew, on one process
+    whatever the run had. The fake's vectors of exits are in that checkpoint, and have learned; the
+    student's file has the keys of a SiT and no other.
+    """
+    folder = request.getfixturevalue(name)
+    again = prepared("--student-steps", "2")
+    assert running.load(folder, **again.parts) == 6
+
+    saved = torch.load(folder / "student/sit.pt")
+
+    assert saved.keys() == {"model", "ema"}
+    plain = SiT("tiny/2", 8).state_dict().keys()
+    assert saved["model"].keys() == plain == saved["ema"].keys()
+    for k, v in again.student.state_dict().items():
+        assert saved["model"][k].equal(v)
+    for k, average in again.ema.shadow.items():
+        assert saved["ema"][k].equal(average)
+        assert not saved["model"][k].equal(average)
+    assert again.fake.exit_embedder.weight.any(1).all()
+
+
+def test_a_run_draws_its_curves_and_samples(run):
+    """What they show is for the eye; a picture of nothing would be a smaller file."""
+    assert (run / "curves.png").stat().st_size > 10_000
+    pictures = {path.name for path in (run / "samples").iterdir()}
+    assert pictures == {"step_4.png", "step_6.png"}
+
+
+def test_stage_one_has_a_folder_and_a_student_of_its_own(run):
+    """Other methods start from it by --init. It has no use for a reward, so its log has none."""
+    base = run / "base"
+
+    assert [row["step"] for row in read_log(base)] == [1, 2]
+    assert not any("reward" in k for row in read_log(base) for k in row)
+    assert torch.load(base / "student/sit.pt")["model"].keys() == weights_of(run).keys()
+
+
+def test_stage_two_starts_from_the_end_of_its_base(run, tmp_path):
+    """At a learning rate of almost 0 it stays there, for its weights and for their average.
+
+    The teacher, from which a stage one starts, is elsewhere.
+    """
+    base = run / "base"
+    flags = [*RUN, "--steps", "1", "--lr", "1e-9", "--init", base, "--out", tmp_path / "two"]
+
+    run_main("sit_imagenet", flags)
+
+    start, end = (torch.load(folder / "student/sit.pt") for folder in (base, tmp_path / "two"))
+    teacher = sit.load_teacher(arguments(), CPU)
+    for k, p in teacher.named_parameters():
+        assert_close(end["model"][k], start["model"][k], rtol=0, atol=1e-7)
+        assert not start["model"][k].equal(p)
+    assert not (tmp_path / "two/base").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(run):
+    """A job script that is started again with --resume finds nothing to do, in both stages."""
+    files = [run / "student/sit.pt", run / "base/student/sit.pt", run / "log.jsonl"]
+    before = [path.stat().st_mtime_ns for path in files]
+
+    run_main("sit_imagenet", [*RUN, "--out", run, "--resume"])
+
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+# ------------------------------------------------------------------------------------------ samples
+def weights_of(run):
+    """The average that a run has written in the end."""
+    return torch.load(run / "student/sit.pt")["ema"]
+
+
+def flags_of(run, out, *more):
+    """The command line of `sample`: eight images in two chunks, by a run's student.
+
+    The number of the student's steps is not given, for the run's own is taken.
+    """
+    return ["sample", *TINY, "--teacher", run, "--out", out, "--chunk", "4", *more]
+
+
+def images_of(out):
+    """What `sample` has written: (8, H, W, 3) in bytes."""
     return np.load(out / "samples.npz")["arr_0"]
 
 
 @pytest.fixture(scope="module")
-def samples(run, tmp_path_factory):
-    """A folder that `sample` has made, with two chunks of four, and its images."""
+def lively(run, tmp_path_factory):
+    """The folder of a run of two steps, whose student's images depend much on noise and class.
+
+    Weights as small as those of a dry run make nearly one image of all. The average is what counts,
+    so the weights beside it are others.
+    """
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("lively")
+    state = SiT("tiny/2", 8).state_dict()
+    average, weights = ({k: 0.2 * torch.randn_like(v) for k, v in state.items()} for _ in range(2))
+    (folder / "student").mkdir()
+    torch.save(dict(model=weights, ema=average), folder / "student/sit.pt")
+    shutil.copy(run / "config.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(lively, tmp_path_factory):
+    """A folder that `sample` has made, and its images."""
     out = tmp_path_factory.mktemp("samples")
-    return out, sample(run, out)
+    run_main("sit_imagenet", flags_of(lively, out))
+    return out, images_of(out)
 
 
 def test_sample_writes_what_adms_evaluator_reads(samples):
@@ -442,98 +378,133 @@ def test_sample_writes_what_adms_evaluator_reads(samples):
 
     assert images.shape == (8, 64, 64, 3)
     assert images.dtype == np.uint8
+    assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
 
 
 def test_a_run_is_read_as_a_teacher(run):
     """--teacher takes the folder of a run for the student in it."""
-    net, _, _ = sit.backbone(sit.parse([*TINY, "--teacher", str(run)]), CPU)
+    net = sit.load_teacher(arguments("--teacher", run), CPU)
 
     saved = weights_of(run)
     for name, value in net.state_dict().items():
         assert value.equal(saved[name])
 
 
-def test_a_chunk_of_samples_is_one_step_from_noise_of_its_own_seed(run, samples):
-    """Any process may draw any chunk: noise is of the seed and the chunk, classes of the seed.
-
-    The oracle draws chunk 1, images 4 to 7, by hand: one step of the student from t = 1, and the
-    decoder. Bytes are rounded, so one level is allowed.
-    """
-    _, images = samples
-    net, decode, _ = sit.backbone(sit.parse([*TINY, "--teacher", str(run)]), CPU)
-
-    generator = torch.Generator().manual_seed(amd.key(0))
-    classes = torch.randint(1000, (8,), generator=generator)
-    torch.manual_seed(amd.key(0, 1))
+def drawn_by_hand(lively, chunk, classes):
+    """The images of a chunk of four: two steps of the student, at levels 1 and 1/2, decoded."""
+    args = arguments("--teacher", lively)
+    net, decode = sit.load_teacher(args, CPU), sit.load_decoder(args, CPU)
+    torch.manual_seed(amd.key(0, chunk))
     noise = torch.randn(4, 4, 8, 8)
     with torch.no_grad():
-        x = decode(sit.denoiser(net)(noise, torch.ones(4), classes[4:])).clamp(-1, 1)
+        x = noise - net(noise, torch.ones(4), classes)
+        x = x / 2 + torch.randn(4, 4, 8, 8) / 2
+        x = x - net(x, torch.full((4,), 0.5), classes) / 2
+        image = decode(x).clamp(-1, 1)
+    return 127.5 * image.permute(0, 2, 3, 1).numpy() + 127.5
 
-    want = 127.5 * x.permute(0, 2, 3, 1).numpy() + 127.5
-    assert abs(images[4:] - want).max() <= 1
+
+def test_a_chunk_of_samples_is_two_steps_from_noise_of_its_own_seed(lively, samples):
+    """Any process may draw any chunk: noise is of the seed and the chunk, classes of the seed.
+
+    The oracle draws chunk 1, images 4 to 7, by hand. Bytes are rounded, so one level is allowed;
+    other noise or other classes make another image.
+    """
+    _, images = samples
+
+    classes = torch.randint(1000, (8,), generator=torch.Generator().manual_seed(amd.key(0)))
+
+    assert abs(images[4:] - drawn_by_hand(lively, 1, classes[4:])).max() <= 1
+    assert abs(images[4:] - drawn_by_hand(lively, 1, classes[4:] + 1)).max() > 5
+    assert abs(images[4:] - drawn_by_hand(lively, 0, classes[4:])).max() > 5
 
 
-def test_sample_draws_a_lost_chunk_again_as_it_was(run, samples):
-    """A job that ended early has lost chunks; its images are those of one that did not."""
-    out, images = samples
+def test_balanced_labels_have_as_many_of_each_class(lively, tmp_path):
+    """Then the classes of chunk 1 are 4 to 7, of a thousand that are drawn in turn."""
+    run_main("sit_imagenet", flags_of(lively, tmp_path, "--labels", "balanced"))
+
+    want = drawn_by_hand(lively, 1, torch.arange(4, 8))
+    assert abs(images_of(tmp_path)[4:] - want).max() <= 1
+
+
+def test_two_processes_draw_the_same_samples(lively, samples, tmp_path):
+    """50,000 samples are drawn on as many GPUs as there are, and may go on on another number."""
+    _, images = samples
+    out = tmp_path / "two"
+
+    Forked("sit_imagenet", flags_of(lively, out), ranks=2).finish()
+
+    assert (images_of(out) == images).all()
+    assert len([*(out / "chunks").iterdir()]) == 2
+
+
+def test_sample_draws_a_lost_chunk_again_as_it_was(lively, samples, tmp_path):
+    """A job that ended early has lost chunks; its images are those of one that did not.
+
+    The chunk that is there is kept, so what is in it shows, and half a chunk counts for nothing.
+    The folder may have been moved: it is a copy here.
+    """
+    _, images = samples
+    out = tmp_path / "again"
+    shutil.copytree(samples[0], out)
     (out / "chunks/000000.npy").unlink()
+    (out / "chunks/unfinished_0.npy").write_bytes(b"half")
+    np.save(out / "chunks/000001.npy", 0 * images[4:])
 
-    again = sample(run, out, "--resume")
+    run_main("sit_imagenet", flags_of(lively, out, "--resume"))
 
-    assert (again == images).all()
+    again = images_of(out)
+    assert (again[:4] == images[:4]).all()
+    assert not again[4:].any()
 
 
-def test_sample_leaves_a_used_folder_alone(run, samples):
+def test_sample_leaves_a_used_folder_alone(lively, samples):
     """Without --resume, images of one student are never mixed with those of another."""
     out, _ = samples
 
     with pytest.raises(ValueError, match="holds a run: add --resume to go on"):
-        sample(run, out)
+        run_main("sit_imagenet", flags_of(lively, out))
 
 
-# -------------------------------------------------------------------------------------- the presets
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The arguments of the preset of digits, when it has run, as short as it can be.
+# ----------------------------------------------------------------------------- evaluation and speed
+def test_evaluate_prints_the_measures_of_two_sets(monkeypatch, capsys):
+    """The measures are those of parts/metrics.py, and a script can read what is printed."""
+    asked = []
 
-    The teacher, the reward and the judge are trained for three updates, and each arm has one.
+    def stand_in(*given):
+        asked.append(given)
+        return dict(FID=3.5, recall=0.25)
+
+    monkeypatch.setattr(sit.metrics, "evaluate", stand_in)
+    flags = "--samples a.npz --ref b.npz --chunk 9"
+
+    run_main("sit_imagenet", ["evaluate", *flags.split()])
+
+    assert asked == [(Path("a.npz"), Path("b.npz"), CPU, 9)]
+    assert json.loads(capsys.readouterr().out) == dict(FID=3.5, recall=0.25)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_the_speed_report_compares_an_update_with_the_calls_that_it_needs(capsys, accum):
+    """Each item has a line, as soon as it is known; the two ratios are what a reader looks for.
+
+    An update of one batch rolls the student out with its graph, so no forward call counts beside
+    the backward one; that of two micro-batches rolls each of them out once more.
     """
-    flags = "--preset digits --steps 1 --base-steps 1 --seeds 1 --count 60 --sample-every 1 --w 1.5"
-    out = tmp_path_factory.mktemp("digits")
-    args = sit.parse([*flags.split(), "--out", str(out)])
-    short = sit.variant(args, fit=((3, 1e-3),) * 3)
-    sit.main(short)
-    return short
+    sit.speed(arguments("--accum", accum, "--student-steps", "2"), CPU)
 
-
-def test_a_preset_tells_every_arm_in_its_table(digits):
-    """Beside the arms are what they are compared with: the teacher, and real images held out."""
-    rows = json.loads((digits.out / "table.json").read_text())["rows"]
-
-    arms = {f"{name}, w = 1.5" for name in [*sit.ARMS, "teacher"]}
-    assert rows.keys() == arms | {"real, held out"}
-    measures = {"FD", "IS", "precision", "recall", "reward", "accuracy"}
-    assert rows["AMD, w = 1.5"][0].keys() == measures
-
-
-@pytest.mark.parametrize("name", ["curves.png", "samples.png"])
-def test_a_preset_draws_its_curves_and_samples(digits, name):
-    """What they show is for the eye; a picture of nothing would be a smaller file."""
-    assert (digits.out / name).stat().st_size > 5000
-
-
-def test_a_preset_shares_no_bases_of_other_data(digits, tmp_path):
-    """--init shares the teacher, the reward, the judge and the bases of another run.
-
-    All of them know one data set alone.
-    """
-    args = sit.variant(
-        digits,
-        init=digits.out,
-        out=tmp_path / "other",
-        arms=["AMD"],
-        data=tmp_path,
-    )
-
-    with pytest.raises(ValueError, match="another data"):
-        sit.main(args)
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    measured = {"forward", "real", "reward", "backward", "adamw"}
+    updates = {f"update with {n} of the fake" for n in (1, 3)}
+    assert lines.keys() == measured | updates | {
+        "student and fake update",
+        "fake update",
+        "samples",
+    }
+    for name in measured | updates:
+        assert re.fullmatch(r"\d+\.\d{4} s", lines[name])
+    ratio = lines["student and fake update"]
+    assert f"{accum - 1 and 2} forward, {2 * accum} backward, {accum} real" in ratio
+    assert re.search(r"ratio \d+\.\d{3}$", ratio)
+    assert lines["fake update"].endswith("TFLOP/s of SiT alone")
+    assert lines["samples"].startswith("16; peak")

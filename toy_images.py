@@ -1,0 +1,662 @@
+"""The lab of AMD on real images: the paper's Table 4 and Figs. 5, 6 in small.
+
+    python toy_images.py                                   # 8x8 digits, six arms, 3 seeds: minutes
+    python toy_images.py --student-steps 4 --arms DMD AMD  # exit by exit, one fake and exit-aware
+    python toy_images.py --reward linear --arms DMD AMD DMDR  # a reward that is easily hacked
+    python toy_images.py --data cifar10                    # one GPU
+    python toy_images.py --data FOLDER --image-size 32     # FOLDER/class/*.png
+
+A SiT in pixel space learns the images, a few-step student of it is trained by pure DMD, and from
+that one base every arm goes on, with every seed. One classifier is the reward; another, the judge,
+measures what comes out. --out gets table.json, curves.png and samples.png; the table is printed,
+mean and standard deviation over seeds. An interrupted lab goes on with --resume.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice, pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import amd
+import running
+from parts.images import labelled_folder, open_image
+from parts.metrics import LEAST, frechet_distance, inception_score, precision_recall
+from parts.rewards import log_p
+from parts.sit import SiT, dimensions
+
+ARMS = {  # the row of amd.METHODS, and what differs from the command line
+    "DMD": ("dmd", {}),
+    "DSA only": ("amd", dict(tau=math.inf)),
+    "RLS only": ("amd", dict(s=0.0)),
+    "AMD": ("amd", {}),
+    "DMDR": ("dmdr", {}),
+    "naive": ("naive", {}),
+}
+SHOWN = ("FD", "IS", "reward", "recall")  # in curves.png
+HELD_OUT = 5  # each fifth image is not trained on
+
+
+@dataclass(frozen=True)
+class Lab:
+    """All settings; the command line may change each of them.
+
+    root        where the networks and the bases lie
+    fit_*       updates that the teacher, the reward and the judge are trained for
+    batch       samples of an update; the fits take twice as many
+    base_steps  updates of pure DMD, before the arms
+    steps       updates of an arm
+    count       samples that are measured
+    """
+
+    out: Path = Path("runs/toy_images")
+    root: Path = Path("runs/toy_images")
+    data: str = "digits"
+    image_size: int = 8
+    model: str = "digits/2"
+    reward: str = "cnn"
+    fit_teacher: int = 1500
+    fit_reward: int = 100
+    fit_judge: int = 400
+    teacher_lr: float = 1e-3
+    batch: int = 64
+    group: int = 8
+    student_steps: int = 1
+    fake_steps: int = 3
+    base_steps: int = 200
+    steps: int = 100
+    lr: float = 3e-4
+    fake_lr: float = 6e-4
+    ema: float = 0.95
+    s: float = 0.5
+    tau: float = 1.0
+    lam: float = 0.05
+    seed: int = 0
+    count: int = 2000
+    sample_every: int = 25
+
+    @property
+    def levels(self) -> list[float]:
+        """The levels of the student's steps."""
+        return [1 - i / self.student_steps for i in range(self.student_steps)]
+
+    @property
+    def settings(self) -> dict:
+        """All that makes the numbers, for config.json: a lab may be moved, so no paths."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("out", "root")}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+CIFAR10 = dict(
+    image_size=32,
+    model="cifar10/2",
+    fit_teacher=5600,
+    fit_reward=2000,
+    fit_judge=2000,
+    teacher_lr=6e-4,
+    batch=256,
+    base_steps=600,
+    steps=300,
+    lr=5e-5,
+    fake_lr=5e-5,
+    ema=0.99,
+    count=10_000,
+    sample_every=75,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process is to do.
+
+    what   the network that is fitted, or the arm that is trained or measured
+    out    the folder of a training run
+    aware  is the fake told the exit of a sample?
+    base   the run that an arm starts from; None: it is the base
+    """
+
+    lab: Lab
+    what: str
+    steps: int
+    w: float = 1.0
+    seed: int = 0
+    aware: bool = False
+    out: Path | None = None
+    base: Path | None = None
+
+
+def seeded(*ints: int) -> torch.Generator:
+    """A generator whose draws depend on the integers alone."""
+    return torch.Generator().manual_seed(amd.key(*ints))
+
+
+# --------------------------------------------------------------------------------------------- data
+@dataclass(frozen=True)
+class Images:
+    """Images x (N, C, H, W) in bytes and their classes y (N,), to train on and held out."""
+
+    x: Tensor
+    y: Tensor
+    x_held: Tensor
+    y_held: Tensor
+    classes: int
+
+
+@cache
+def read_images(data: str, size: int) -> Images:
+    """scikit-learn's digits, CIFAR-10 (downloaded by torchvision), or a labelled folder.
+
+    ValueError: a folder cannot be read, or has too few images.
+    """
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, y = map(torch.from_numpy, load_digits(return_X_y=True))
+        x = (pixels * 255 / 16).view(-1, 1, 8, 8)
+        x = F.interpolate(x, (size, size)).round().byte()
+    elif data == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        loaded = CIFAR10("runs/data", download=True)
+        x = torch.stack([square(image, size) for image, _ in loaded])
+        y = torch.tensor([label for _, label in loaded])
+    else:
+        paths, labels, _ = labelled_folder(Path(data))
+        x = torch.stack([square(open_image(path), size) for path in paths])
+        y = torch.tensor(labels)
+    held, kept = torch.randperm(len(x), generator=seeded(0)).tensor_split([len(x) // HELD_OUT])
+    running.require(
+        len(held) >= 4, f"{data} has {len(x)} images: give 20 at least, a fifth is held out"
+    )
+    return Images(x[kept], y[kept], x[held], y[held], len(y.unique()))
+
+
+def square(image, size: int) -> Tensor:
+    """An image of PIL, its middle square at size x size pixels -> (C, size, size) in bytes."""
+    from torchvision.transforms.v2 import functional as vision
+
+    image = vision.center_crop(vision.resize(image, size), size)
+    return vision.pil_to_tensor(image)
+
+
+# -------------------------------------------------- networks that are fitted once, and then frozen
+def classifier(channels: int, classes: int, kernel: int, widths: list[int]) -> nn.Sequential:
+    """A small CNN; all but its last layer are the features."""
+    stages = [
+        nn.Sequential(
+            nn.Conv2d(a, b, kernel, padding="same"),
+            nn.GroupNorm(8, b),
+            nn.SiLU(),
+            nn.AvgPool2d(2, ceil_mode=True),
+        )
+        for a, b in pairwise([channels, *widths])
+    ]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*stages, *pool, nn.Linear(widths[-1], classes))
+
+
+def build(lab: Lab, what: str) -> nn.Module:
+    """A network with random weights.
+
+    The reward and the judge are unlike each other, so that one sees how the other is hacked. A
+    linear reward is blind to all but one picture a class.
+    """
+    images = read_images(lab.data, lab.image_size)
+    channels, size, _ = images.x.shape[1:]
+    if what == "teacher":
+        return SiT(lab.model, lab.image_size, channels, images.classes)
+    if what == "judge":
+        return classifier(channels, images.classes, 5, [48, 96, 192])
+    if lab.reward == "linear":
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, images.classes))
+    return classifier(channels, images.classes, 3, [32, 64, 128])
+
+
+def file_of(lab: Lab, what: str) -> Path:
+    """Where the weights of a fitted network lie."""
+    name = f"reward_{lab.reward}" if what == "reward" else what
+    return lab.root / f"{name}.pt"
+
+
+@cache
+def fitted(lab: Lab, what: str) -> nn.Module:
+    """The teacher, reward or judge of a lab, frozen."""
+    net = build(lab, what)
+    net.load_state_dict(torch.load(file_of(lab, what), map_location="cpu", weights_only=True))
+    return net.to(lab.device).eval().requires_grad_(False)
+
+
+def fit(job: Job) -> None:
+    """Train the teacher by flow matching, the reward or the judge by cross-entropy, to its file."""
+    lab, what = job.lab, job.what
+    path = file_of(lab, what)
+    if path.exists():
+        return
+    images = read_images(lab.data, lab.image_size)
+    x, y = images.x.to(lab.device), images.y.to(lab.device)
+    torch.manual_seed(amd.key(lab.seed, *what.encode()))
+    net = build(lab, what).to(lab.device)
+    lr = lab.teacher_lr if what == "teacher" else 3e-3
+    opt = torch.optim.AdamW(net.parameters(), lr, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, job.steps)
+
+    for step in range(job.steps):
+        pick = torch.randint(len(x), (2 * lab.batch,), device=lab.device)
+        clean, label = x[pick] / 127.5 - 1, y[pick]
+        with running.autocast(clean):
+            if what == "teacher":
+                loss = flow_loss(net, clean, label, images.classes)
+            else:
+                loss = F.cross_entropy(net(clean), label)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        rate.step()
+        running.tick(step)
+
+    beside = path.with_suffix(".unfinished")
+    torch.save(net.state_dict(), beside)
+    beside.rename(path)
+
+
+def flow_loss(net: nn.Module, x: Tensor, y: Tensor, empty: int) -> Tensor:
+    """Flow matching; a tenth of the labels is empty, for classifier-free guidance."""
+    t, eps = torch.rand(len(x), device=x.device), torch.randn_like(x)
+    y = torch.where(torch.rand_like(t) > 0.1, y, empty)
+    return F.mse_loss(net(amd.renoise(x, t, eps), t, y), eps - x)
+
+
+def denoiser(net: SiT) -> amd.Denoiser:
+    return amd.x0_from_flow(running.autocast(net.pos_embed)(net.__call__))
+
+
+def reward_of(lab: Lab) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reward log p(y | x) (B,) of images x (B, C, H, W), clamped to [-1, 1]."""
+    net = fitted(lab, "reward")
+    return lambda x, y: log_p(net(x.clamp(-1, 1)), y)
+
+
+@torch.no_grad()
+def solve(net: SiT, z: Tensor, y: Tensor, w: float, steps: int = 25) -> Tensor:
+    """The teacher's flow from noise z (B, C, H, W) at CFG scale w, by Euler."""
+    x = z
+    for t, t_next in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        level = x.new_full((len(x),), t)
+        d = amd.displace(x, x, level, y, net.null, denoiser(net), None, w)
+        x = x + (t_next - t) / t * d.real  # the velocity is (x_t - x0_hat) / t
+    return x
+
+
+# ----------------------------------------------------------------------------------------- measures
+@torch.no_grad()
+def measure(lab: Lab, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Images x (N, C, H, W) in [-1, 1] of classes y (N,) -> numbers by name:
+
+    reward      mean log p(y | x) by the reward's network
+    accuracy    share of images that the judge takes for their class
+    FD          Frechet distance of the judge's features to those of the training images
+    IS          inception score by the judge
+    precision   share of images whose features lie among those of the training images
+    recall      share of training images whose features lie among those of the images
+    """
+    reward, judge = reward_of(lab), fitted(lab, "judge")
+    x = x.clamp(-1, 1)
+    features, real = features_of(lab, x), real_features(lab)
+    logits = judge[-1](features)
+    precision, recall = precision_recall(features, real)
+    return dict(
+        reward=reward(x, y).mean().item(),
+        accuracy=(logits.argmax(1) == y).double().mean().item(),
+        FD=frechet_distance(features, real),
+        IS=inception_score(logits),
+        precision=precision,
+        recall=recall,
+    )
+
+
+@torch.no_grad()
+def features_of(lab: Lab, x: Tensor) -> Tensor:
+    """What the judge sees in images x (N, C, H, W) in [-1, 1] -> (N, D)."""
+    see = fitted(lab, "judge")[:-1]
+    return torch.cat([see(part) for part in x.split(1000)])
+
+
+@cache
+def real_features(lab: Lab) -> Tensor:
+    """What the judge sees in the training images, or in the first 10,000 of them."""
+    x = read_images(lab.data, lab.image_size).x[:10_000].to(lab.device)
+    return features_of(lab, x / 127.5 - 1)
+
+
+def measure_given(job: Job) -> dict[str, float]:
+    """What the held-out images measure, or the teacher's samples at CFG scale w."""
+    lab = job.lab
+    images = read_images(lab.data, lab.image_size)
+    if job.what == "real":
+        return measure(lab, images.x_held.to(lab.device) / 127.5 - 1, images.y_held.to(lab.device))
+    z = torch.randn(lab.count, *images.x.shape[1:], generator=seeded(lab.seed, 1)).to(lab.device)
+    y = torch.arange(lab.count, device=lab.device) % images.classes
+    teacher, parts = fitted(lab, "teacher"), zip(z.split(500), y.split(500), strict=True)
+    return measure(lab, torch.cat([solve(teacher, *part, job.w) for part in parts]), y)
+
+
+# ------------------------------------------------------------------------------------- distillation
+def distill(job: Job) -> None:
+    """Train an arm with a seed, from its base or, if there is none, the base itself, by pure DMD.
+
+    Its folder gets log.jsonl, samples/, checkpoints/ and, in the end, the file `done`.
+    """
+    lab, out = job.lab, job.out
+    if (out / "done").exists():
+        return
+    images = read_images(lab.data, lab.image_size)
+    teacher = fitted(lab, "teacher")
+    student, fake, blended = (
+        SiT(lab.model, lab.image_size, *images.x.shape[1:2], images.classes).to(lab.device)
+        for _ in range(3)
+    )
+    for net in (student, fake, blended):
+        net.load_state_dict(teacher.state_dict())
+    blended.requires_grad_(False)
+    if job.aware:
+        fake.tell_exits(lab.student_steps)
+    opt_student, opt_fake = (
+        torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
+        for net, lr in ((student, lab.lr), (fake, lab.fake_lr))
+    )
+    ema = running.EMA(student, lab.ema)
+
+    def generate(y, u):
+        z = torch.randn(len(y), *images.x.shape[1:], device=lab.device)
+        return amd.backward_simulation(denoiser(student), z, y, lab.levels, u)
+
+    def batch(n, _j):
+        y = torch.randint(images.classes, (lab.batch // lab.group,), generator=seeded(job.seed, n))
+        return y.repeat_interleave(lab.group).to(lab.device)
+
+    def adapt(r):
+        amd.blend(blended, teacher, fake, r)
+        return denoiser(blended)
+
+    def aware(y, t_G):
+        return y, torch.full_like(y, lab.levels.index(t_G))
+
+    config = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, aware=job.aware)
+    running.open_run(out, lab.settings | config, resume=True)
+    (out / "samples").mkdir(exist_ok=True)
+    parts = dict(student=(student, opt_student, ema), fake=(fake, opt_fake, None))
+    start = running.load(out, **parts)
+    if start == 0 and job.base:
+        running.load(job.base, **parts)
+
+    updates = amd.train(
+        method_of(job),
+        generate,
+        denoiser(teacher),
+        denoiser(fake),
+        batch,
+        opt_student,
+        opt_fake,
+        reward=reward_of(lab),
+        K=lab.group,
+        null=teacher.null,
+        w=job.w,
+        adapt=adapt,
+        aware=aware if job.aware else None,
+        fake_steps=lab.fake_steps,
+        update=partial(amd.update, clip=1.0),
+        seed=job.seed,
+        start=start,
+    )
+    log = running.Log(out, lab.batch, start)
+    for row in islice(updates, job.steps - start):
+        step = row["step"]
+        ema.update()
+        running.tick(step)
+        if step % 10 == 0 or step == job.steps:
+            log(row)
+        if step % lab.sample_every == 0 or step == job.steps:
+            with running.averaged(ema):
+                show(job, generate, step)
+    running.save(out, job.steps, keep=1, **parts)
+    running.draw_log(out)
+    (out / "done").touch()
+
+
+def method_of(job: Job) -> amd.Method:
+    """The row of amd.METHODS that an arm trains by."""
+    lab = job.lab
+    name, changes = ARMS[job.what]
+    hyper = dict(s=lab.s, tau=lab.tau) | changes
+    method = amd.method(
+        name, **hyper, lam=lab.lam if name == "dmdr" else 0.0, unit_w=hyper["tau"] < 1
+    )
+    if name == "dmdr":  # it adapts its teacher in the stage before the reward, here the base
+        method = method._replace(phi=amd.fixed)
+    return method
+
+
+@torch.no_grad()
+def show(job: Job, generate: Callable, step: int) -> None:
+    """Draw samples of the student, all from one seed, and measure those of each exit.
+
+    They go to samples/step_N.png, which has the last exit's, and step_N.json.
+    """
+    from torchvision.utils import save_image
+
+    lab = job.lab
+    path = job.out / f"samples/step_{step}.png"
+    y = torch.arange(lab.count, device=lab.device) % fitted(lab, "teacher").classes
+    exits = []
+    for i in range(lab.student_steps):
+        torch.manual_seed(amd.key(lab.seed))
+        u = (i + 0.5) / lab.student_steps
+        x = torch.cat([generate(part, u).x for part in y.split(500)])
+        exits.append(measure(lab, x, y))
+    save_image((x[:40].cpu() + 1) / 2, path, nrow=20, padding=1)
+    running.write(path.with_suffix(".json"), json.dumps(exits))
+
+
+# ---------------------------------------------------------------------------------------- the table
+def compare(lab: Lab, args: argparse.Namespace) -> None:
+    """Fit the networks, train the bases and the arms, and write table and pictures."""
+    read_images(lab.data, lab.image_size)  # the workers inherit them
+    cuda = torch.cuda.is_available()
+    workers = running.Workers(1 if cuda else None)
+    lab.root.mkdir(parents=True, exist_ok=True)
+    fits = dict(teacher=lab.fit_teacher, reward=lab.fit_reward, judge=lab.fit_judge)
+    workers.map(fit, [Job(lab, what, steps) for what, steps in fits.items()], "networks")
+    given = [Job(lab, "real", 0)] + [Job(lab, "teacher", 0, w) for w in args.w]
+    names = ["real, held out"] + [f"teacher, w = {w:g}" for w in args.w]
+    rows = {k: [v] for k, v in zip(names, workers.map(measure_given, given, "given"), strict=True)}
+
+    bases, runs = [], {}
+    for w in args.w:
+        for kind, aware in kinds(lab, args.exit_aware).items():
+            name = f"w = {w:g}{kind}"
+            base = Job(
+                lab, "DMD", lab.base_steps, w, lab.seed, aware, lab.root / base_name(lab, name)
+            )
+            bases.append(base)
+            for arm in args.arms:
+                runs[f"{arm}, {name}"] = [
+                    Job(
+                        lab,
+                        arm,
+                        lab.steps,
+                        w,
+                        seed,
+                        aware,
+                        lab.out / f"{arm}, {name}, seed {seed}",
+                        base.out,
+                    )
+                    for seed in range(lab.seed, lab.seed + args.seeds)
+                ]
+    workers.map(distill, bases, "bases")
+    workers.map(distill, [job for jobs in runs.values() for job in jobs], "arms")
+
+    every = [*range(lab.sample_every, lab.steps, lab.sample_every), lab.steps]
+    curves = {}
+    for name, jobs in runs.items():
+        exits = [[read_measures(job, step) for job in jobs] for step in every]  # step, seed, exit
+        curves[name] = [[seed[-1] for seed in seeds] for seeds in exits]
+        for i in range(lab.student_steps - 1):
+            rows[f"{name}, exit {i + 1}"] = [seed[i] for seed in exits[-1]]
+        rows[name] = curves[name][-1]
+    table = dict(rows=rows, steps=every, curves=curves)
+    running.write(lab.out / "table.json", json.dumps(table, indent=1))
+    draw_curves(lab, curves, every)
+    draw_samples(lab, [jobs[0] for jobs in runs.values()])
+    running.show({name: running.mean_std(seeds) for name, seeds in rows.items()})
+
+
+def kinds(lab: Lab, exit_aware: bool | None) -> dict[str, bool]:
+    """Which fakes are tried: name -> is it told the exit?
+
+    A student of one step has one exit, so there is nothing to tell.
+    """
+    if lab.student_steps == 1:
+        return {"": False}
+    both = {", one fake": False, ", exit-aware": True}
+    return {k: v for k, v in both.items() if exit_aware in (None, v)}
+
+
+def base_name(lab: Lab, name: str) -> str:
+    """The folder of a base, which arms with the same number of steps share."""
+    return f"base, {name}" if lab.student_steps == 1 else f"base, {lab.student_steps} steps, {name}"
+
+
+def read_measures(job: Job, step: int) -> list[dict]:
+    """What `show` measured after that update, exit by exit."""
+    return json.loads((job.out / f"samples/step_{step}.json").read_text())
+
+
+def draw_curves(lab: Lab, curves: dict[str, list[list[dict]]], steps: list[int]) -> None:
+    """curves.png: measures against student updates, mean and std over seeds (Figs. 5, 6)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 3), layout="constrained", dpi=110)
+    panels = figure.subplots(1, len(SHOWN))
+    for ax, k in zip(panels, SHOWN, strict=True):
+        for name, curve in curves.items():
+            v = torch.tensor([[row[k] for row in seeds] for seeds in curve])
+            std = v.std(1) if v.shape[1] > 1 else None
+            ax.errorbar(steps, v.mean(1), std, label=name, capsize=2)
+        ax.set(title=k, xlabel="student updates")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(lab.out / "curves.png")
+
+
+def draw_samples(lab: Lab, jobs: list[Job]) -> None:
+    """samples.png: two rows of images of each arm's first seed, from the same noise."""
+    import numpy as np
+    from PIL import Image
+
+    rows = [np.asarray(Image.open(job.out / f"samples/step_{lab.steps}.png")) for job in jobs]
+    pixels = np.concatenate(rows).repeat(3, 0).repeat(3, 1)
+    Image.fromarray(pixels).save(lab.out / "samples.png")
+
+
+# ------------------------------------------------------------------------------------- command line
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = running.Parser(__doc__)
+    shared, groups = parser.shared, parser.groups
+    groups["method"].add_argument(
+        "--arms", nargs="+", choices=ARMS, default=[*ARMS], help="which are trained (all)"
+    )
+    shared("s", ".5")
+    shared("tau", "1")
+    shared("lam", "of DMDR: .05, its own")
+    shared("w", "1; several make an arm of each", nargs="+", default=[1.0])
+    shared("group", "8")
+    shared("student-steps", "1")
+    groups["method"].add_argument(
+        "--exit-aware",
+        action=argparse.BooleanOptionalAction,
+        help="tell the fake the exit of a student of several steps (both are tried)",
+    )
+    shared("fake-steps", "3")
+
+    shared("batch", "64; cifar10 256")
+    groups["optimisation"].add_argument(
+        "--base-steps", type=int, help="updates of pure DMD before the arms (200; cifar10 600)"
+    )
+    shared("steps", "of each arm: 100; cifar10 300")
+    shared("lr", "3e-4; cifar10 5e-5")
+    shared("fake-lr", "6e-4; cifar10 5e-5")
+    shared("ema", ".95; cifar10 .99")
+    shared("seed", "the first; 0")
+    groups["optimisation"].add_argument("--seeds", type=int, default=3, help="of each arm (3)")
+
+    groups["data"].add_argument(
+        "--data", default="digits", help="digits, cifar10, or a folder FOLDER/class/*.png (digits)"
+    )
+    groups["data"].add_argument("--image-size", type=int, help="in pixels (8; else 32)")
+    groups["data"].add_argument("--model", help="of the teacher, size/patch (digits/2; cifar10/2)")
+    groups["data"].add_argument(
+        "--reward", choices=["cnn", "linear"], help="the classifier that rewards (cnn)"
+    )
+    for name in ("teacher", "reward", "judge"):
+        groups["data"].add_argument(
+            f"--fit-{name}", type=int, help=f"updates that the {name} is fitted for"
+        )
+    shared("init", "another lab, whose networks and bases are shared")
+
+    shared("out", "runs/toy_images", default=Path("runs/toy_images"))
+    shared("resume", "with more --arms and --seeds, too")
+    shared("sample-every", "25; cifar10 75")
+    groups["sampling"].add_argument("--count", type=int, help="samples that are measured (2,000)")
+    return parser.parse_args(argv)
+
+
+def lab_of(args: argparse.Namespace) -> Lab:
+    """The data's own settings, and what the command line changes. ValueError: it cannot work."""
+    names = {field.name for field in dataclasses.fields(Lab)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    defaults = {} if args.data == "digits" else CIFAR10
+    lab = Lab(**defaults | given | dict(root=args.init or args.out))
+
+    numbers = {k: v for k, v in dataclasses.asdict(lab).items() if isinstance(v, int | float)}
+    numbers = argparse.Namespace(**numbers | dict(seeds=args.seeds))
+    checked_below = {"seed", "s", "tau", "lam", "ema"}
+    running.positive(numbers, *(vars(numbers).keys() - checked_below))
+    running.require(0 <= lab.ema < 1, f"--ema {lab.ema}: choose it in [0, 1)")
+    running.require(all(0 < w < math.inf for w in args.w), "choose each --w above 0")
+    amd.method("amd", s=lab.s, tau=lab.tau, lam=0.0)
+    amd.method("dmdr", lam=lab.lam)
+    amd.group_advantage(torch.zeros(lab.batch), lab.group)
+    dimensions(lab.model, lab.image_size)
+    running.require(lab.count >= LEAST, f"--count {lab.count}: choose {LEAST} or more")
+    if args.init:
+        other = running.read_config(args.init)
+        for k in ("data", "image_size", "model"):
+            running.require(
+                other.get(k) == getattr(lab, k),
+                f"--init {args.init} has another --{k.replace('_', '-')}: choose the same",
+            )
+    return lab
+
+
+def main(args: argparse.Namespace) -> None:
+    lab = lab_of(args)
+    read_images(lab.data, lab.image_size)
+    config = lab.settings | dict(arms=args.arms, seeds=args.seeds, w=args.w)
+    running.open_run(lab.out, config, args.resume, free=("arms", "seeds", "w"))
+    compare(lab, args)
+    print(f"see {lab.out}")
+
+
+if __name__ == "__main__":
+    running.run(main, parse)
