@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import torch
@@ -473,53 +473,61 @@ def show(job: Job, generate: Callable, step: int) -> None:
 def compare(lab: Lab, args: argparse.Namespace) -> None:
     """Fit the networks, train the bases and the arms, and write table and pictures."""
     read_images(lab.data, lab.image_size)  # the workers inherit them
-    cuda = torch.cuda.is_available()
-    workers = running.Workers(1 if cuda else None)
+    workers = running.Workers(1 if torch.cuda.is_available() else None)
     lab.root.mkdir(parents=True, exist_ok=True)
     fits = dict(teacher=lab.fit_teacher, reward=lab.fit_reward, judge=lab.fit_judge)
     workers.map(fit, [Job(lab, what, steps) for what, steps in fits.items()], "networks")
-    given = [Job(lab, "real", 0)] + [Job(lab, "teacher", 0, w) for w in args.w]
-    names = ["real, held out"] + [f"teacher, w = {w:g}" for w in args.w]
-    rows = {k: [v] for k, v in zip(names, workers.map(measure_given, given, "given"), strict=True)}
 
-    bases, runs = [], {}
-    for w in args.w:
-        for kind, aware in kinds(lab, args.exit_aware).items():
-            name = f"w = {w:g}{kind}"
-            base = Job(
-                lab, "DMD", lab.base_steps, w, lab.seed, aware, lab.root / base_name(lab, name)
-            )
-            bases.append(base)
-            for arm in args.arms:
-                runs[f"{arm}, {name}"] = [
-                    Job(
-                        lab,
-                        arm,
-                        lab.steps,
-                        w,
-                        seed,
-                        aware,
-                        lab.out / f"{arm}, {name}, seed {seed}",
-                        base.out,
-                    )
-                    for seed in range(lab.seed, lab.seed + args.seeds)
-                ]
+    given = {"real, held out": Job(lab, "real", 0)}
+    given |= {f"teacher, w = {w:g}": Job(lab, "teacher", 0, w) for w in args.w}
+    measured = workers.map(measure_given, [*given.values()], "measures")
+    rows = {name: [row] for name, row in zip(given, measured, strict=True)}
+
+    bases, runs = jobs_of(lab, args)
     workers.map(distill, bases, "bases")
     workers.map(distill, [job for jobs in runs.values() for job in jobs], "arms")
+    report(lab, rows, runs)
 
-    every = [*range(lab.sample_every, lab.steps, lab.sample_every), lab.steps]
+
+def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, list[Job]]]:
+    """What is to be trained: the bases; and the arms by name, each with all seeds."""
+    bases, runs = [], {}
+    for w, (kind, aware) in product(args.w, kinds(lab, args.exit_aware).items()):
+        name = f"w = {w:g}{kind}"
+        out = lab.root / base_name(lab, name)
+        bases.append(Job(lab, "DMD", lab.base_steps, w, lab.seed, aware, out))
+        for arm in args.arms:
+            runs[f"{arm}, {name}"] = [
+                Job(lab, arm, lab.steps, w, seed, aware, folder_of(lab, arm, name, seed), out)
+                for seed in range(lab.seed, lab.seed + args.seeds)
+            ]
+    return bases, runs
+
+
+def folder_of(lab: Lab, arm: str, name: str, seed: int) -> Path:
+    """Where a run of an arm lies."""
+    return lab.out / f"{arm}, {name}, seed {seed}"
+
+
+def report(lab: Lab, rows: dict[str, list[dict]], runs: dict[str, list[Job]]) -> None:
+    """Write table.json, curves.png and samples.png, and print the table.
+
+    rows has what is given; an arm's row, a dict a seed, is of its last exit, and each exit before
+    it has a row, too.
+    """
+    steps = [*range(lab.sample_every, lab.steps, lab.sample_every), lab.steps]
     curves = {}
     for name, jobs in runs.items():
-        exits = [[read_measures(job, step) for job in jobs] for step in every]  # step, seed, exit
-        curves[name] = [[seed[-1] for seed in seeds] for seeds in exits]
+        exits = [[read_measures(job, step) for job in jobs] for step in steps]  # step, seed, exit
         for i in range(lab.student_steps - 1):
-            rows[f"{name}, exit {i + 1}"] = [seed[i] for seed in exits[-1]]
+            rows[f"{name}, exit {i + 1}"] = [of_seed[i] for of_seed in exits[-1]]
+        curves[name] = [[of_seed[-1] for of_seed in of_step] for of_step in exits]
         rows[name] = curves[name][-1]
-    table = dict(rows=rows, steps=every, curves=curves)
+    table = dict(rows=rows, steps=steps, curves=curves)
     running.write(lab.out / "table.json", json.dumps(table, indent=1))
-    draw_curves(lab, curves, every)
+    draw_curves(lab, curves, steps)
     draw_samples(lab, [jobs[0] for jobs in runs.values()])
-    running.show({name: running.mean_std(seeds) for name, seeds in rows.items()})
+    running.show({name: running.mean_std(of_seeds) for name, of_seeds in rows.items()})
 
 
 def kinds(lab: Lab, exit_aware: bool | None) -> dict[str, bool]:

@@ -4,6 +4,7 @@ A process is one of torchrun's, or a fork of the test's own. The scripts run in 
 imports take long; what only torchrun can show is tested under torchrun.
 """
 
+import importlib
 import json
 import os
 import random
@@ -61,6 +62,22 @@ def finish(process):
     return output
 
 
+LATE = {  # what a script imports where it first needs it, and what takes long
+    "sit_imagenet": ["timm.models.vision_transformer", "diffusers.models.autoencoders"],
+    "sdxl": ["diffusers.pipelines.stable_diffusion_xl", "open_clip", "peft", "bitsandbytes"],
+    "wan": ["diffusers.pipelines.wan.pipeline_wan_i2v", "transformers.models.umt5"],
+}
+
+
+def warm(script):
+    """Import what a script will, so that its forks find it in memory.
+
+    Each of them would take some ten seconds for it, and a run that is killed is three forks.
+    """
+    for name in [*LATE.get(script, ()), "matplotlib.figure", "torchvision.utils"]:
+        importlib.import_module(name)
+
+
 class Forked:
     """main(parse(arguments)) of a script in processes of their own, one a rank.
 
@@ -73,6 +90,7 @@ class Forked:
         self.port = random.randint(20_000, 40_000)
         self.output = tempfile.NamedTemporaryFile("w+", suffix=".txt")  # noqa: SIM115, see finish
         lib = __import__(script)
+        warm(script)
         self.pids = []
         for rank in range(ranks):
             pid = os.fork()
