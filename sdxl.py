@@ -1,80 +1,103 @@
-"""AMD on Stable Diffusion XL (and 1.5), text to image in four steps: the paper's Tables 2, 3, 7, 8, 9 and Fig. 9.
-    torchrun --nproc-per-node 8 sdxl.py                         # the whole UNet by FSDP2, in DMD2's setting (A.4)
-    python sdxl.py --lora-rank 64 --adam8bit --accum 32         # as a LoRA, on one GPU
-    torchrun --nproc-per-node 8 sdxl.py sample --init runs/sdxl --layout hpdv2 --prompts benchmark --out runs/hpdv2
-    python sdxl.py score --samples runs/hpdv2 runs/hpdv2_dmd2   # mean HPSv2; of two, how often the first one wins
-    python sdxl.py --dry-run full                               # memory and speed on this GPU, with random weights
-Weights are downloaded on first use. HPSv2 and ImageReward x 100 of Table 3: DMD2 30.64, 71.01; AMD 31.25, 88.37.
+"""AMD on SDXL, text to image in four steps: the paper's Tables 2, 3, 7, 8, 9 and Fig. 9.
+
+    torchrun --nproc-per-node 8 sdxl.py                                  # whole UNets, by FSDP2
+    python sdxl.py --lora-rank 64 --adam8bit --offload-text --accum 32   # LoRAs, on one GPU
+    python sdxl.py --model sd15                                          # DMD2's one-step SD1.5
+    torchrun --nproc-per-node 8 sdxl.py sample --init runs/sdxl --layout hpdv2 --out runs/amd
+    python sdxl.py score --samples runs/amd runs/dmd2                    # means, and who wins
+    python sdxl.py --dry-run full --adam8bit                             # speed and memory
+    python sdxl.py --dry-run tiny                                        # all of it on a CPU
+
+Weights are downloaded on first use. The reward is HPSv2.1. HPSv2 and ImageReward x 100 of Table 3:
+DMD2 30.64, 71.01; AMD 31.25, 88.37.
 """
 
 import argparse
 import copy
 import json
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module as lib  # for what is slow to import, where it's first used
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from PIL import Image
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torchvision.transforms import v2
-from torchvision.utils import save_image
+from torch import Tensor, nn
 
 import amd
 import running
+from parts import judges, metrics, rewards, tiny, unet
+from parts.images import open_image
+from parts.prompts import LAYOUTS, layout, read_prompts
 
 torch.set_float32_matmul_precision("high")
-# ----------------------------------------------------------------------------------------------------------- arguments
-PRESETS = {
-    "sdxl": dict(
-        model="stabilityai/stable-diffusion-xl-base-1.0",
-        batch=128,
-        fake_steps=5,
-        steps=3800,
-        chunk=8,
-        lora_rank=0,
-        log_every=10,
-        sample_every=250,
-        save_every=250,
-    )
-}  # DMD2: 19,000 of the fake
-PRESETS["full"] = PRESETS["sdxl"] | dict(model=None, batch=8, accum=2, lora_rank=64)
-PRESETS["tiny"] = PRESETS["full"] | dict(
-    fake_steps=2, steps=4, chunk=3, sample_every=4, save_every=2, accum=1
+
+# -------------------------------------------------------------------------------------------- flags
+SDXL = dict(  # DMD2's recipe: 19,000 updates of the fake are 3,800 of the student
+    model="stabilityai/stable-diffusion-xl-base-1.0",
+    w=8.0,
+    student_steps=4,
+    fake_steps=5,
+    batch=128,
+    steps=3800,
+    lr=5e-7,
+    lam_dmd2=5e-3,
+    lora_rank=0,
+    chunk=8,
+    log_every=10,
+    sample_every=250,
+    save_every=250,
 )
-LAM = dict(dmd2=5e-3, dmdr=0.05)  # DMD2's weight of its generator's GAN loss, DMDR's of its reward
-LAYOUTS = dict(
-    flat="{i:06}.png",
-    coco="{i:06}.png",
-    drawbench="{i:05}.jpg",
-    hpdv2="{style}/{i:05}.jpg",
-    geneval="{row:05}/samples/{k:04}.png",
+SD15 = SDXL | dict(  # DMD2's one-step recipe
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    w=1.75,
+    student_steps=1,
+    fake_steps=10,
+    batch=2048,
+    lr=1e-5,
+    lam_dmd2=1e-3,
 )
+DRY = dict(
+    full=dict(model=None, batch=8, accum=2, lora_rank=64),
+    tiny=dict(
+        model=None,
+        batch=8,
+        accum=1,
+        lora_rank=64,
+        fake_steps=2,
+        steps=4,
+        chunk=3,
+        sample_every=4,
+        save_every=2,
+    ),
+)
+LORA_LR, LORA_FAKE_LR = 5e-5, 5e-4  # DMD2's; and what moves a LoRA fake as far as DMD2's whole one
+DMDR_LAM = 3e-3  # DMDR's .3, of a reward that is 100 times as large here
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = running.Parser(__doc__)
-    shared, (_, _, data, _, sampling) = parser.shared, parser.groups.values()
+    shared, groups = parser.shared, parser.groups
     parser.add_argument("task", nargs="?", choices=["train", "sample", "score"], default="train")
 
     shared("method", "amd", choices=amd.METHODS, default="amd")
     shared("s", ".5", default=0.5)
     shared("tau", "1", default=1.0)
-    shared("w", "DMD2: 8", default=8.0)
-    shared("lam", "DMD2: dmd2 .005; DMDR: dmdr .05")
+    shared("w", "DMD2: 8; SD1.5 1.75")
+    shared("lam", "DMD2: dmd2 .005, SD1.5 .001; DMDR: dmdr .003")
     shared("group", "8; DMD2: 1", default=8)
-    shared("student-steps", "4")
-    shared("fake-steps", "DMD2: 5")
+    shared("student-steps", "4; SD1.5 1")
+    shared("exit-aware", "on", default=True)
+    shared("fake-steps", "DMD2: 5; SD1.5 10")
 
-    shared("batch", "DMD2: 128")
+    shared("batch", "DMD2: 128; SD1.5 2,048")
     shared("accum", "as many as make micro-batches of 8")
     shared("steps", "DMD2: 3,800")
-    shared("lr", "DMD2: 5e-7, of a LoRA 5e-5")
-    shared("fake-lr", "that of the student")
+    shared("lr", "DMD2: 5e-7; SD1.5 1e-5; of a LoRA 5e-5")
+    shared("fake-lr", f"that of the student; of a LoRA {LORA_FAKE_LR:g}")
     shared("ema", "0, as DMD2", default=0.0)
     shared("lora-rank", "0; DMD2: 64")
     shared("adam8bit")
@@ -83,534 +106,452 @@ def parse(argv=None):
     shared("offload-text")
     shared("seed", "0", default=0)
 
-    shared("dry-run", choices=["tiny", "full"])
-    data.add_argument(
-        "--model", help="the teacher: SDXL (default), Stable Diffusion 1.5, or a folder of either"
-    )
+    data = groups["data"]
+    shared("dry-run", choices=[*DRY])
+    data.add_argument("--model", help="sdxl, sd15, a hub's name, or a folder of either (sdxl)")
     shared("init", "from its end; sample: a run, a UNet's folder, or a LoRA")
-    shared("prompts", "text, jsonl or json; hpdv2: the folder of its json files; default: ours")
+    shared("prompts", "text, csv, jsonl or json; hpdv2: the folder of its json files; ours")
     data.add_argument(
         "--real-data", type=Path, help="dmd2: images and metadata.jsonl {file_name, text}"
     )
     data.add_argument("--image-size", type=int, help="pixels (the model's)")
-    data.add_argument("--reward-vae", help="a smaller decoder, as madebyollin/taesdxl")
+    data.add_argument(
+        "--reward-vae",
+        help="another decoder for the reward, in half precision, as madebyollin/sdxl-vae-fp16-fix"
+        " or the small madebyollin/taesdxl (the model's own, in float32)",
+    )
     data.add_argument("--hps", type=Path, help="HPSv2's file (v2.1, downloaded)")
 
-    shared("out", "runs/sdxl")
+    shared("out", "runs/sdxl; sample: runs/samples")
     shared("resume")
     shared("log-every", "10")
     shared("sample-every", "250")
     shared("save-every", "250")
 
+    sampling = groups["sampling"]
     shared("chunk", "8")
     shared("samples", "one folder of sample, or two", nargs="+")
     shared("layout", "flat", choices=LAYOUTS, default="flat")
     sampling.add_argument(
-        "--judges", nargs="+", choices=JUDGES, default=["hpsv2"], help="score: by whom (hpsv2)"
+        "--judges",
+        nargs="+",
+        choices=judges.JUDGES,
+        default=["hpsv2"],
+        help="score: by whom (hpsv2)",
     )
-    args = parser.parse_args(argv)
-    name = args.dry_run or "sdxl"
-    own = (
-        running.read_config(args.init)
-        if args.task == "sample" and args.init and (args.init / "student").exists()
-        else {}
-    )
-    given = dict(
-        lam=LAM.get(args.method, 0.0),
-        out=Path("runs", "samples" if args.task == "sample" else name),
-        student_steps=own.get("student_steps", 4),
-        image_size=own.get("image_size"),
-    )
-    given |= PRESETS[name] | {k: v for k, v in vars(args).items() if v is not None}
-    lr, most = (
-        given.get("lr", 5e-5 if given["lora_rank"] else 5e-7),
-        8 * int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    return argparse.Namespace(
-        **vars(args) | dict(lr=lr, fake_lr=lr, accum=-(-given["batch"] // most)) | given
-    )
+    return fill(parser.parse_args(argv))
 
 
-# ------------------------------------------------------------------------------------------------------------ backbone
-def random_pipeline(full):
-    """SDXL's pipeline with random weights: the true architecture, or the same classes in two layers."""
-    D, T, bpe, end = (
-        lib("diffusers"),
-        lib("transformers"),
-        lib("open_clip").SimpleTokenizer(),
-        "<end_of_text>",
-    )
-    widths, depths, heads, dims, time, vae_widths, groups, layers, size = (
-        (
-            (320, 640, 1280),
-            (1, 2, 10),
-            (5, 10, 20),
-            (768, 1280),
-            256,
-            (128, 256, 512, 512),
-            32,
-            2,
-            128,
+def fill(args: argparse.Namespace) -> argparse.Namespace:
+    """Set the flags that were not given, by the model and by each other."""
+    defaults = SD15 if is_sd15(args.model) else SDXL
+    if args.model in ("sdxl", "sd15"):
+        running.require(
+            not (args.dry_run and args.model == "sd15"),
+            "--dry-run has SDXL's networks only: leave --model sd15 out, or give a folder",
         )
-        if full
-        else ((32, 64), (1, 2), (1, 2), (32, 32), 8, (8, 8, 8, 8), 2, 1, 8)
-    )
-    unet = D.UNet2DConditionModel(
-        sample_size=size,
-        down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)],
-        up_block_types=[*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"],
-        block_out_channels=widths,
-        layers_per_block=layers,
-        transformer_layers_per_block=depths,
-        attention_head_dim=heads,
-        cross_attention_dim=sum(dims),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=time,
-        projection_class_embeddings_input_dim=6 * time + dims[1],
-    )
-    vae = D.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=layers,
-        block_out_channels=vae_widths,
-        norm_num_groups=groups,
-        scaling_factor=0.13025,
-    )
-    text = lambda kind, dim, depth, act: kind(
-        T.CLIPTextConfig(
-            hidden_size=dim,
-            intermediate_size=4 * dim,
-            num_attention_heads=max(2, dim // 64),
-            hidden_act=act,
-            num_hidden_layers=depth if full else 2,
-            projection_dim=dim,
-        )
-    )
-    words = T.CLIPTokenizer(
-        bpe.encoder, [*bpe.bpe_ranks], end, "<start_of_text>", end, end, model_max_length=77
-    )
-    return D.StableDiffusionXLPipeline(
-        vae,
-        text(T.CLIPTextModel, dims[0], 12, "quick_gelu"),
-        text(T.CLIPTextModelWithProjection, dims[1], 32, "gelu"),
-        words,
-        words,
-        unet,
-        D.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        args.model = None
+    defaults = defaults | DRY.get(args.dry_run, {})
+    if args.task == "sample" and args.init and (args.init / "student").exists():
+        config = running.read_config(args.init)
+        defaults |= {k: config[k] for k in ("student_steps", "image_size") if k in config}
+    running.fill(args, {k: v for k, v in defaults.items() if k not in ("lr", "lam_dmd2")})
+    lam = dict(dmd2=defaults["lam_dmd2"], dmdr=DMDR_LAM).get(args.method, 0.0)
+    lr = LORA_LR if args.lora_rank else defaults["lr"]
+    running.fill(args, dict(lam=lam, lr=lr))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    name = "samples" if args.task == "sample" else args.dry_run or "sdxl"
+    return running.fill(
+        args,
+        dict(
+            fake_lr=LORA_FAKE_LR if args.lora_rank else args.lr,
+            accum=-(-args.batch // (8 * world)),
+            out=Path("runs", name),
+        ),
     )
 
 
-def load_pipeline(args, device, **dtypes):
-    """-> diffusers' pipeline of --model, frozen, parts in dtypes. ValueError: of another kind, or a part missing."""
-    (
-        (diffusers := lib("diffusers")).logging.set_verbosity_error(),
-        diffusers.logging.disable_progress_bar(),
-    )
+def is_sd15(model: str | None) -> bool:
+    """Is --model Stable Diffusion 1.5, by its name or by its folder's index?"""
+    index = Path(model or "") / "model_index.json"
+    if index.exists():
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        return kind == "StableDiffusionPipeline"
+    return model in ("sd15", SD15["model"])
+
+
+# ----------------------------------------------------------------------------------------- networks
+def load_pipeline(args: argparse.Namespace, device: torch.device, **dtypes: torch.dtype):
+    """diffusers' pipeline of --model, frozen; or, for a dry run, one with random weights."""
     torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     if args.model:
-        index, folder = diffusers.DiffusionPipeline.load_config(args.model), Path(args.model)
-        lost = [
-            part
-            for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-            if part not in index or folder.is_dir() and not (folder / part).is_dir()
-        ]
-        if lost:
-            raise ValueError(
-                f"{folder} has no {lost[0]}: give SDXL, Stable Diffusion 1.5 or a whole folder"
+        return unet.load_pipeline(args.model, device, **dtypes)
+    with device, running.default_dtype(dtypes["default"]):
+        pipe = tiny.sdxl_pipeline(args.dry_run)
+    return unet.frozen(pipe, "--dry-run", device, **dtypes)
+
+
+def timesteps(args: argparse.Namespace) -> list[int]:
+    """Of the student's steps: DMD2's 999, 749, 499, 249 where they are four."""
+    return [999 - i * (1000 // args.student_steps) for i in range(args.student_steps)]
+
+
+def denoiser(net: nn.Module, schedule: amd.Schedule) -> amd.Denoiser:
+    """A UNet's guess of clean latents; an exit is told to a fake teacher only."""
+
+    def eps(x_t, t, c):
+        with running.autocast(x_t):
+            more = dict(added_cond_kwargs=unet.added(c), timestep_cond=c.get("exit"))
+            return net(x_t, t, c["text"], **more).sample
+
+    return amd.x0_from_eps(eps, schedule)
+
+
+def decoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Latents -> images of about [-1, 1], in the VAE's own precision: SDXL's wants float32."""
+
+    def decode(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+
+    return decode
+
+
+def networks(
+    args: argparse.Namespace, base: nn.Module, side: int, device: torch.device
+) -> dict[str, nn.Module]:
+    """student, fake, real and, for an adapted teacher, blended.
+
+    LoRAs stand on one base; whole UNets are copied, moved and sharded one after the other, so that
+    a GPU never holds two of them in float32.
+    """
+    lora, nets = args.lora_rank, {}
+    torch.manual_seed(0)  # adapters and head begin alike on all ranks
+    for name in ("student", "fake"):
+        net = running.share(base) if lora else copy.deepcopy(base).requires_grad_()
+        if lora:
+            unet.add_lora(net, args.lora_rank)
+        if args.checkpointing:
+            net.enable_gradient_checkpointing()
+        if name == "fake":
+            if args.exit_aware and args.student_steps > 1:
+                unet.tell_exits(net)
+            if args.method == "dmd2":
+                unet.add_gan_head(net, side)
+        nets[name] = net if lora else placed(args, net, device)
+    if args.method in ("dmdr", "magic"):
+        blended = running.share(nets["fake"]) if lora else copy.deepcopy(base)
+        nets["blended"] = blended if lora else placed(args, blended, device)
+    nets["real"] = base if lora else placed(args, base.to(running.half(device)), device)
+    if lora and args.compile:
+        for name in nets.keys() - {"blended"}:  # its LoRA's scale changes in each update
+            compile_blocks(nets[name])
+    return nets
+
+
+def placed(args: argparse.Namespace, net: nn.Module, device: torch.device) -> nn.Module:
+    """A whole UNet on its GPU, compiled and sharded."""
+    net.to(device)
+    if args.compile:
+        compile_blocks(net)
+    blocks = unet.blocks_of(net, "Transformer2DModel", "ResnetBlock2D")
+    running.shard(net, blocks, running.half(device))
+    if hasattr(net, "logits") and running.ranks().size > 1:
+        torch.distributed.fsdp.register_fsdp_forward_method(net, "logits")
+    return net
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Compile what repeats; it makes some graphs for each width, batch and kind of pass."""
+    torch._dynamo.config.recompile_limit = 256
+    for block in unet.blocks_of(net, "BasicTransformerBlock", "ResnetBlock2D"):
+        block.compile(dynamic=False)
+
+
+# -------------------------------------------------------------------------------------------- texts
+class Texts:
+    """What the UNet is told of prompts, which are encoded once an update.
+
+    With --offload-text the encoders are on the GPU for that time only.
+    """
+
+    def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
+        self.pipe, self.prompts, self.device = pipe, prompts, device
+        self.offload = args.offload_text
+        size = pixels(args, pipe)
+        self.ids = torch.tensor([size, size, 0, 0, size, size], device=device)
+        self.held = {}
+        self.update = None
+        self.empty = None
+        if not pipe.config.get("force_zeros_for_empty_prompt"):
+            (self.empty,) = self.encode([""])
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """Prompts -> for each, text (1, 77, D) and for SDXL pooled (1, D).
+
+        They are encoded one by one, so that a prompt's numbers do not hang on its company.
+        """
+        nets = [net for name, net in self.pipe.components.items() if "text_encoder" in name]
+        nets = [net for net in nets if net is not None]
+        for net in nets:
+            net.to(self.device)
+        made = []
+        for text in texts:
+            hidden, _, *more = self.pipe.encode_prompt(
+                [text],
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
             )
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            args.model, dtype=dtypes, safety_checker=None
-        )
-    else:
-        with device:
-            pipe = random_pipeline(args.dry_run == "full")
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        raise ValueError(f"{args.model} predicts no noise: no SDXL")
-    for name, net in pipe.components.items():
-        if isinstance(net, nn.Module):
-            net.to(device, dtypes.get(name, dtypes["default"])).eval().requires_grad_(False)
-    return pipe.set_progress_bar_config(disable=True) or pipe
+            made.append(dict(text=hidden) | (dict(pooled=more[0]) if more else {}))
+        if self.offload:
+            for net in nets:
+                net.to("cpu")
+        return made
+
+    def hold(self, update: int, indices: list[int]) -> None:
+        """Encode the prompts of an update, and forget those of the last one."""
+        if update == self.update:
+            return
+        wanted = sorted(set(indices))
+        made = self.encode([self.prompts[i] for i in wanted])
+        self.held, self.update = dict(zip(wanted, made, strict=True)), update
+
+    def __call__(self, index: Tensor) -> dict[str, Tensor]:
+        """The condition of held prompts, index (B,) on the CPU: each prompt once, then repeated."""
+        which, places = index.unique(return_inverse=True)
+        held = [self.held[i] for i in which.tolist()]
+        places = places.to(self.device, non_blocking=True)
+        c = {k: torch.cat([row[k] for row in held])[places] for k in held[0]}
+        return c | dict(ids=self.ids.expand(len(index), -1), index=index)
+
+    def null(self, c: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The empty prompt: zeros for SDXL, as DMD2 and diffusers have it."""
+        texts = [k for k in ("text", "pooled") if k in c]
+        if self.empty is None:
+            return c | {k: torch.zeros_like(c[k]) for k in texts}
+        return c | {k: self.empty[k].expand_as(c[k]) for k in texts}
 
 
-def timesteps(args):
-    return [
-        999 - i * (1000 // args.student_steps) for i in range(args.student_steps)
-    ]  # 999, 749, ...
-
-
-def pixels(args, pipe):
+def pixels(args: argparse.Namespace, pipe) -> int:
     return args.image_size or pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
-def added(c):
-    return dict(text_embeds=c["pooled"], time_ids=c["ids"]) if "pooled" in c else None
+# ------------------------------------------------------------------------------------------- reward
+class Reward:
+    """HPSv2 of latents and their prompts (B,), with a gradient if the latents have one (dmdr).
+
+    `variety` is what the reward does not see: the mean distance of neighbouring samples of a
+    prompt, of the calls since it was last asked, or NaN.
+    """
+
+    def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
+        self.prompts = prompts
+        self.hps = load_hps(args, device)
+        vae = load_vae(args.reward_vae, device) if args.reward_vae else pipe.vae
+        self.decode = decoder(vae)
+        self.apart = []
+
+    def view(self, x: Tensor) -> Tensor:
+        """Latents -> images as HPSv2 sees them."""
+        return rewards.square(((self.decode(x) + 1) / 2).clamp(0, 1))
+
+    def __call__(self, x: Tensor, c: dict[str, Tensor]) -> Tensor:
+        # one at a time, and again for a gradient: nothing is as large as the decoder's activations
+        view = self.view
+        if x.requires_grad and torch.is_grad_enabled():
+            view = partial(torch.utils.checkpoint.checkpoint, self.view, use_reentrant=False)
+        images = torch.cat([view(part) for part in x.split(1)])
+        index = c["index"]
+        alike = index[1:] == index[:-1]
+        apart = (images[1:] - images[:-1]).detach().abs().mean((1, 2, 3))
+        self.apart.append(apart[alike])
+
+        which, places = index.unique(return_inverse=True)
+        texts = self.hps.text([self.prompts[i] for i in which.tolist()])[places]
+        return self.hps(images, texts)
+
+    def variety(self) -> Tensor:
+        seen, self.apart = self.apart, []
+        return torch.cat(seen).mean() if seen else torch.tensor(float("nan"))
 
 
-def denoiser(unet, schedule):
-    return amd.x0_from_eps(
-        lambda x_t, t, c: (
-            running.autocast(x_t)(unet.__call__)(
-                x_t, t, c["text"], added_cond_kwargs=added(c)
-            ).sample
-        ),
-        schedule,
-    )
+def load_hps(args: argparse.Namespace, device: torch.device) -> rewards.HPSv2:
+    """HPSv2.1; of random weights for a dry run."""
+    if not args.dry_run:
+        return rewards.load_hpsv2(device, args.hps)
+    with device, running.default_dtype(running.half(device)):
+        return tiny.hpsv2(args.dry_run)
 
 
-def decoder(vae):
-    return lambda x: running.autocast(x)(vae.decode)(
-        x / vae.config.scaling_factor
-    ).sample.float()  # to about [-1, 1]
+def load_vae(name: str, device: torch.device) -> nn.Module:
+    """A VAE or a tiny one for the reward, in half precision on a GPU."""
+    import diffusers
+
+    kind = diffusers.AutoencoderKL.load_config(name)["_class_name"]
+    vae = getattr(diffusers, kind).from_pretrained(name, dtype=running.half(device))
+    return vae.to(device).eval().requires_grad_(False)
 
 
-def conditions(args, pipe, read, device):
-    """-> encode(prompts, index (B,)) to what the UNet and, by `read`, the reward ask for; null: the empty prompt."""
-    nets = [net for name, net in pipe.components.items() if name.startswith("text_encoder")]
+# --------------------------------------------------------------------------------------------- data
+def real_images(
+    args: argparse.Namespace, rows: list[dict], pipe, device: torch.device
+) -> Callable[[dict], Tensor]:
+    """dmd2: truth(c), latents of the images whose texts are c's prompts."""
+    from torchvision.transforms import v2
 
-    @torch.no_grad()
-    def embed(texts):
-        for net in nets:
-            net.to(device)
-        text, _, *more = pipe.encode_prompt(
-            texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        for net in nets if args.offload_text else ():
-            net.to("cpu")
-        return dict(text=text, pooled=more[0]) if more else dict(text=text)
-
-    def encode(prompts, index):
-        which, places = index.unique(return_inverse=True)  # K samples share a prompt
-        texts, size = [prompts[i] for i in which.tolist()], [pixels(args, pipe)] * 2
-        c = {k: v[places.to(device)] for k, v in (embed(texts) | dict(wish=read(texts))).items()}
-        return c | dict(
-            ids=torch.tensor([[*size, 0, 0, *size]], device=device).repeat(len(index), 1),
-            index=index,
-        )
-
-    empty = {} if pipe.config.get("force_zeros_for_empty_prompt") else embed([""])
-
-    def null(c):
-        return c | {
-            k: empty[k].expand_as(c[k]) if empty else 0 * c[k] for k in ("text", "pooled") if k in c
-        }
-
-    return encode, null
-
-
-def adopt(pipe, path):
-    """Give pipe the student in path for its UNet. ValueError: that is none, or of another model."""
-    path, own = (
-        path / "student" if (path / "student").exists() else path,
-        pipe.unet.config.cross_attention_dim,
-    )
-    try:
-        if not (path / "config.json").exists():
-            pipe.load_lora_weights(str(path))
-        else:
-            pipe.unet = type(pipe.unet).from_pretrained(path, dtype=pipe.dtype).to(pipe.device)
-        if pipe.unet.config.cross_attention_dim != own:
-            raise ValueError("its texts are of another width")
-    except Exception as error:
-        raise ValueError(f"{path} is no student of --model: take one ({error!s:.80})") from None
-
-
-def gan_head(width, side):
-    """DMD2's: a bottleneck (B, width, side, side) halved down to 4, then taken whole -> (B, 1, 1, 1)."""
-    if side < 4 or side & (side - 1):
-        raise ValueError(f"dmd2's bottleneck is {side} wide: choose --image-size 2 ** n")
-    convs = [nn.Conv2d(width, width, 4, 2, 1) for _ in range(side.bit_length() - 3)] + [
-        nn.Conv2d(width, width, 4)
-    ]
-    return nn.Sequential(
-        *[m for f in convs for m in (f, nn.GroupNorm(32, width), nn.SiLU())], nn.Conv2d(width, 1, 1)
-    )
-
-
-def logits(unet, x_t, t, c):
-    """D(x_t) (B,): unet.head of what its middle block gives; the other half of the UNet is not run."""
-    with running.autocast(x_t):
-        emb = unet.time_embedding(unet.get_time_embed(x_t, (1000 * t).round()))
-        aug, h = unet.get_aug_embed(emb, c["text"], added(c)), unet.conv_in(x_t)
-        for block in [*unet.down_blocks, unet.mid_block]:
-            attends = (
-                dict(encoder_hidden_states=c["text"])
-                if hasattr(block, "has_cross_attention")
-                else {}
-            )
-            h = block(h, temb=emb if aug is None else emb + aug, **attends)
-            h = h[0] if isinstance(h, tuple) else h
-        return unet.head(h).float().sum((1, 2, 3))
-
-
-# ---------------------------------------------------------------------------------------------- reward, judges and data
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-
-
-def form(size, mean, std):  # PIL's images to (3, size, size)
-    return v2.Compose(
+    size = pixels(args, pipe)
+    view = v2.Compose(
         [
             v2.Resize(size, v2.InterpolationMode.BICUBIC),
             v2.CenterCrop(size),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
+            v2.Normalize([0.5], [0.5]),
         ]
     )
 
-
-def square(image, size=224):
-    """HPSv2's preprocessing of (B, 3, H, W) in [0, 1]: longest side to 224, black around, CLIP's mean and std."""
-    h, w = (round(side * size / max(image.shape[2:])) for side in image.shape[2:])
-    if max(image.shape[2:]) != size:
-        image = v2.functional.resize(image, [h, w], v2.InterpolationMode.BICUBIC)
-    image = F.pad(
-        image, ((size - w) // 2, (size - w + 1) // 2, (size - h) // 2, (size - h + 1) // 2)
-    )
-    return v2.functional.normalize(image, MEAN, STD)
-
-
-def load_hps(args, device):
-    """HPSv2.1 -> read(prompts), features (B, D), and rate(images as of `square`, those features), 100 cos (B,)."""
-    C, gpu, tokenize = (
-        lib("open_clip"),
-        device.type == "cuda",
-        lib("open_clip").get_tokenizer("ViT-H-14"),
-    )
-    file = args.hps or (
-        None if args.dry_run else hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
-    )
-    try:
-        net = (
-            C.CLIP(
-                32,
-                C.CLIPVisionCfg(2, 32, 16, patch_size=56),
-                C.CLIPTextCfg(width=32, heads=2, layers=2),
-            )
-            if (args.dry_run == "tiny")
-            else C.create_model("ViT-H-14", file and str(file), precision="fp16" if gpu else "fp32")
-        )
-    except Exception as error:
-        raise ValueError(f"{file} is no HPS_v2.1_compressed.pt ({error!s:.99})") from None
-    net.to(device).eval().requires_grad_(False)
-
-    def unit(
-        f, v, graph=False
-    ):  # in fp16 as its authors do, but a gradient needs the range of bf16
-        with torch.autocast(device.type, torch.bfloat16 if graph else torch.float16, enabled=gpu):
-            return F.normalize(f(v).float(), dim=1)
-
-    return (
-        lambda prompts: unit(net.encode_text, tokenize(prompts).to(device)),
-        lambda image, text: (
-            100 * (unit(net.encode_image, image, image.requires_grad) * text).sum(1)
-        ),
-    )
-
-
-def load_reward(args, pipe, device):
-    """-> reward(x, c), HPSv2 of latents (B,), with a gradient if x has one; its `read`; distances that it saw."""
-    (read, rate), seen, vae = load_hps(args, device), [], pipe.vae
-    if args.reward_vae:
-        vae = lib("diffusers").AutoencoderTiny.from_pretrained(args.reward_vae).to(device)
-    view = lambda x, decode=decoder(vae): square(((decode(x) + 1) / 2).clamp(0, 1))
-
-    def reward(
-        x, c
-    ):  # one at a time, and again for a gradient: nothing is as large as the decoder's activations
-        images = torch.cat(
-            [
-                torch.utils.checkpoint.checkpoint(view, part, use_reentrant=False)
-                for part in x.split(1)
-            ]
-        )
-        apart = (
-            (images[1:] - images[:-1])
-            .detach()
-            .abs()
-            .mean((1, 2, 3))[c["index"][1:] == c["index"][:-1]]
-        )
-        seen[:] = [*seen, apart][
-            -args.accum * args.fake_steps :
-        ]  # of an update: how unlike samples of a prompt are
-        return rate(images, c["wish"])
-
-    return reward, read, seen
-
-
-def hpsv2(args, device):  # a judge: images of PIL, prompts -> (B,)
-    (read, rate), tensor = (
-        load_hps(args, device),
-        v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]),
-    )
-    return lambda images, texts: rate(
-        torch.cat([square(tensor(im)[None].to(device)) for im in images]), read(texts)
-    )
-
-
-def pickscore(
-    args,
-    device,
-    name="yuvalkirstain/PickScore_v1",
-    processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-):
-    T = lib("transformers")
-    net, read = (
-        T.AutoModel.from_pretrained(name).to(device).eval(),
-        T.AutoProcessor.from_pretrained(processor),
-    )
-
-    def judge(images, prompts):
-        out = net(
-            **read(
-                images=images, text=prompts, padding=True, truncation=True, return_tensors="pt"
-            ).to(device)
-        )
-        return net.logit_scale.exp() * (out.image_embeds * out.text_embeds).sum(1)
-
-    return judge
-
-
-def imagereward(
-    args, device, file=None, tokenizer="bert-base-uncased", vit="vit_large_patch16_224", **bert
-):
-    """ImageReward-v1.0 (arXiv 2304.05977): BLIP, whose text reads the image, and five linear layers."""
-    T, see, drop = lib("transformers"), lib("timm").create_model(vit, num_classes=0), nn.Identity()
-    words, view = T.AutoTokenizer.from_pretrained(tokenizer), form(224, MEAN, STD)
-    config = T.BlipTextConfig(num_attention_heads=12, encoder_hidden_size=see.embed_dim, **bert)
-    text = T.models.blip.modeling_blip_text.BlipTextModel(config, add_pooling_layer=False)
-    mlp = nn.Sequential(
-        nn.Linear(config.hidden_size, 1024),
-        drop,
-        nn.Linear(1024, 128),
-        drop,
-        nn.Linear(128, 64),
-        drop,
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
-    blip = nn.ModuleDict(dict(visual_encoder=see, text_encoder=text))
-    net = nn.ModuleDict(dict(blip=blip, mlp=nn.ModuleDict(dict(layers=mlp))))
-    state = torch.load(
-        file or hf_hub_download("THUDM/ImageReward", "ImageReward.pt"), "cpu", weights_only=True
-    )
-    net.load_state_dict({k: state[k] for k in net.state_dict()}), net.to(device).eval()
-
-    def judge(images, prompts):
-        c = words(
-            prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
-        ).to(device)
-        image = see.forward_features(torch.stack([view(image) for image in images]).to(device))
-        h = text(c.input_ids, c.attention_mask, encoder_hidden_states=image, is_decoder=False)[0]
-        return (mlp(h[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-    return judge
-
-
-JUDGES = dict(hpsv2=hpsv2, pickscore=pickscore, imagereward=imagereward)
-OURS = [
-    f"{style} of {subject} {place}"
-    for style in ("a photograph", "an oil painting", "a sketch")
-    for subject in ("a red fox", "an old sailor", "a glass teapot", "a lighthouse")
-    for place in ("in snow", "at dawn", "in the rain")
-]
-
-
-def read_prompts(path):
-    """Rows {prompt, ..} of text, jsonl or json; ours if path is None. ValueError: none, not UTF-8, one too long."""
-    if not path:
-        return [dict(prompt=prompt) for prompt in OURS]
-    try:
-        rows = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        rows = json.loads("".join(rows)) if path.suffix == ".json" else rows
-        rows = [json.loads(row) if path.suffix == ".jsonl" else row for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8 or no {path.suffix} ({error}): mend") from None
-    rows = [row if isinstance(row, dict) else dict(prompt=row) for row in rows or [""]]
-    for i, row in enumerate(rows):
-        prompt = row.setdefault("prompt", row.get("text", row.get("caption")))
-        if not isinstance(prompt, str) or not 0 < len(prompt) <= 2000:
-            raise ValueError(
-                f"{path}, prompt {i + 1}: give 1 to 2,000 characters (CLIP reads 77 tokens)"
-            )
-    return rows
-
-
-def real_images(args, rows, pipe, device):
-    """-> truth(c): latents of the images whose texts are c's prompts."""
-
-    def latent(i, view=form(pixels(args, pipe), [0.5], [0.5]), vae=pipe.vae):
-        x = view(Image.open(args.real_data / rows[i]["file_name"]).convert("RGB"))[None].to(device)
-        with running.autocast(x), torch.no_grad():
-            return vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor
+    @torch.no_grad()
+    def latent(i: int) -> Tensor:
+        x = view(open_image(args.real_data / rows[i]["file_name"]))[None].to(device)
+        mode = pipe.vae.encode(x.to(pipe.vae.dtype)).latent_dist.mode()
+        return mode.float() * pipe.vae.config.scaling_factor
 
     return lambda c: torch.cat([latent(i) for i in c["index"].tolist()])
 
 
-# ---------------------------------------------------------------------------------------------- optimizers and sharding
-TARGETS = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj "
-    "downsamplers.0.conv upsamplers.0.conv"
-).split()  # of a LoRA, DMD2's
+# ------------------------------------------------------------------------------ what training needs
+@dataclass
+class Run:
+    """Networks, optimizers, and the closures that connect them to amd.train.
+
+    train  amd.train, but for the first step
+    parts  what a checkpoint holds
+    """
+
+    pipe: object
+    nets: dict[str, nn.Module]
+    denoise: dict[str, amd.Denoiser]
+    opt_student: torch.optim.Optimizer
+    opt_fake: torch.optim.Optimizer
+    ema: running.EMA | None
+    texts: Texts
+    reward: Reward
+    generate: Callable
+    batch: Callable
+    train: Callable
+
+    @property
+    def parts(self) -> running.Parts:
+        return dict(
+            student=(self.nets["student"], self.opt_student, self.ema),
+            fake=(self.nets["fake"], self.opt_fake, None),
+        )
 
 
-def parts_of(net, *kinds):
-    return [m for m in net.modules() if type(m).__name__ in kinds]
+def prepare(args: argparse.Namespace, device: torch.device) -> Run:
+    """Load the pipeline, make the networks of it, and the closures."""
+    import diffusers
 
+    ranks, whole = running.ranks(), not args.lora_rank
+    trained = dict(unet=torch.float32) if whole else {}
+    pipe = load_pipeline(args, device, default=running.half(device), vae=torch.float32, **trained)
+    if whole:
+        pipe.unet.cpu()  # placed one by one
+    betas = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    schedule = amd.vp(betas.alphas_cumprod)
+    side = pixels(args, pipe) // pipe.vae_scale_factor
+    levels = [i / 1000 for i in timesteps(args)]
+    rows = read_prompts(args.real_data / "metadata.jsonl" if args.real_data else args.prompts)
+    prompts = [row["prompt"] for row in rows]
 
-def networks(args, unet, side, device):
-    """-> real, student, fake; `blended`, the adapted teacher of dmdr, magic. LoRAs share the tensors of one base."""
-    nets, lora = (
-        dict(real=unet),
-        args.lora_rank
-        and lib("peft").LoraConfig(r=args.lora_rank, lora_alpha=8, target_modules=TARGETS),
+    nets = networks(args, pipe.unet, side, device)
+    denoise = {name: denoiser(net, schedule) for name, net in nets.items()}
+    texts = Texts(args, pipe, prompts, device)
+    reward = Reward(args, pipe, prompts, device)
+
+    def generate(c, u):
+        z = torch.randn(len(c["text"]), 4, side, side, device=device)
+        return amd.backward_simulation(denoise["student"], z, c, levels, u, schedule)
+
+    def drawn(n, j):
+        """A prompt for each group of iteration n -> those of this rank and micro-batch."""
+        seeded = torch.Generator().manual_seed(amd.key(args.seed, n))
+        index = torch.randint(len(prompts), (args.batch // args.group,), generator=seeded)
+        index = index.repeat_interleave(args.group).view(ranks.size * args.accum, -1)
+        return index[ranks.rank * args.accum + j]
+
+    def batch(n, j):
+        update = n // args.fake_steps
+        first = update * args.fake_steps
+        of_update = [drawn(first + i, k) for i in range(args.fake_steps) for k in range(args.accum)]
+        texts.hold(update, torch.cat(of_update).tolist())
+        return texts(drawn(n, j))
+
+    def aware(c, t_G):
+        return c | dict(exit=unet.exit_code(t_G, len(c["index"]), device))
+
+    def adapt(r):
+        if whole:
+            amd.blend(nets["blended"], nets["real"], nets["fake"], r)
+        for layer in running.adapters(nets["blended"]).values():
+            layer.set_scale("default", r)  # the fake's own adapters, weighed by r
+        return denoise["blended"]
+
+    adam = partial(torch.optim.AdamW, fused=True)
+    if args.adam8bit:
+        import bitsandbytes
+
+        adam = bitsandbytes.optim.AdamW8bit
+    opt_student, opt_fake = (
+        adam([p for p in nets[name].parameters() if p.requires_grad], lr, weight_decay=0.01)
+        for name, lr in (("student", args.lr), ("fake", args.fake_lr))
     )
-    torch.manual_seed(0)  # adapters and head begin alike on all ranks
-    for name in ("student", "fake"):
-        net = nets[name] = running.share(unet) if lora else copy.deepcopy(unet).requires_grad_()
-        if lora:
-            net.add_adapter(lora)
-        if args.checkpointing:
-            net.enable_gradient_checkpointing()
-        for p in net.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-    if not lora:
-        unet.to(running.half(device))
-    if args.method in ("dmdr", "magic"):
-        nets["blended"] = running.share(net) if lora else copy.deepcopy(unet)
-    if args.method == "dmd2":
-        net.head = gan_head(
-            unet.config.block_out_channels[-1], side >> len(unet.down_blocks) - 1
-        ).to(device)
-        net.logits = partial(logits, net)
-    torch._dynamo.config.recompile_limit = (
-        64  # two widths, two batches, with and without graph, with and without LoRA
+    train = partial(
+        amd.train,
+        method_of(args),
+        student=generate,
+        real=denoise["real"],
+        fake=denoise["fake"],
+        batch=batch,
+        opt_student=opt_student,
+        opt_fake=opt_fake,
+        reward=reward,
+        K=args.group,
+        null=texts.null,
+        w=args.w,
+        schedule=schedule,
+        space="eps",
+        truth=real_images(args, rows, pipe, device),
+        logits=getattr(nets["fake"], "logits", None),
+        adapt=adapt,
+        aware=aware if args.exit_aware and args.student_steps > 1 else None,
+        fake_steps=args.fake_steps,
+        accum=args.accum,
+        update=running.update,
+        ranks=ranks,
+        seed=args.seed,
     )
-    for name, each in nets.items():
-        if args.compile and name != "blended":  # whose LoRA's scale changes in each step
-            for block in parts_of(each, "BasicTransformerBlock", "ResnetBlock2D"):
-                block.compile(dynamic=False)
-        if not lora:
-            running.shard(
-                each, parts_of(each, "Transformer2DModel", "ResnetBlock2D"), running.half(device)
-            )
-    if args.method == "dmd2" and not lora:
-        torch.distributed.fsdp.register_fsdp_forward_method(net, "logits")
-    return nets
+    ema = running.EMA(nets["student"], args.ema) if args.ema else None
+    return Run(
+        pipe,
+        nets,
+        denoise,
+        opt_student,
+        opt_fake,
+        ema,
+        texts,
+        reward,
+        generate,
+        batch,
+        train,
+    )
 
 
-def prepare(args, device):
-    """-> a namespace of all names below: networks (nets, call), opts, ema, parts to save, train, generate, batch ..."""
-    whole, (rank, world, _) = (
-        dict(vae=torch.float32) | ({} if args.lora_rank else dict(unet=torch.float32)),
-        running.ranks(),
-    )
-    pipe = load_pipeline(args, device, default=running.half(device), **whole)
-    schedule = amd.vp(
-        lib("diffusers").DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
-    )
-    side, levels = pixels(args, pipe) // pipe.vae_scale_factor, [i / 1000 for i in timesteps(args)]
-    method = amd.method(
+def method_of(args: argparse.Namespace) -> amd.Method:
+    """The row of Table 1; an adapted teacher is back at the real one after half of the updates."""
+    return amd.method(
         args.method,
         s=args.s,
         tau=args.tau,
@@ -618,346 +559,325 @@ def prepare(args, device):
         fade=max(1, args.steps // 2),
         unit_w=args.tau < 1,
     )
-    nets, (reward, read, seen) = (
-        networks(args, pipe.unet, side, device),
-        load_reward(args, pipe, device),
-    )
-    call, (encode, null) = (
-        {k: denoiser(net, schedule) for k, net in nets.items()},
-        conditions(args, pipe, read, device),
-    )
-    rows = read_prompts(args.real_data / "metadata.jsonl" if args.real_data else args.prompts)
-    prompts, truth = [row["prompt"] for row in rows], real_images(args, rows, pipe, device)
-
-    def generate(c, u=1.0):
-        z = torch.randn(len(c["text"]), 4, side, side, device=device)
-        return amd.backward_simulation(call["student"], z, c, levels, u, schedule)
-
-    def adapt(r):
-        if not args.lora_rank:
-            amd.blend(nets["blended"], nets["real"], nets["fake"], r)
-        for m in running.adapters(nets["blended"]).values():
-            m.set_scale("default", r)  # the fake's own, weighed by r
-        return call["blended"]
-
-    def batch(n, j):  # of all groups, what this rank and micro-batch have
-        seeded = torch.Generator().manual_seed(amd.key(args.seed, n))
-        index = torch.randint(
-            len(prompts), (args.batch // args.group,), generator=seeded
-        ).repeat_interleave(args.group)
-        return encode(prompts, index.view(world * args.accum, -1)[rank * args.accum + j])
-
-    adam = (
-        lib("bitsandbytes").optim.AdamW8bit
-        if args.adam8bit
-        else partial(torch.optim.AdamW, fused=True)
-    )
-    opts = [
-        adam([p for p in nets[name].parameters() if p.requires_grad], lr, weight_decay=0.01)
-        for name, lr in (("student", args.lr), ("fake", args.fake_lr))
-    ]
-    train = partial(
-        amd.train,
-        method,
-        student=generate,
-        real=call["real"],
-        fake=call["fake"],
-        batch=batch,
-        null=null,
-        opt_student=opts[0],
-        opt_fake=opts[1],
-        reward=reward,
-        K=args.group,
-        w=args.w,
-        schedule=schedule,
-        space="eps",
-        truth=truth,
-        logits=getattr(nets["fake"], "logits", None),
-        adapt=adapt,
-        accum=args.accum,
-        fake_steps=args.fake_steps,
-        update=running.update,
-        ranks=running.ranks(),
-        seed=args.seed,
-    )
-    ema = args.ema and running.EMA(nets["student"], args.ema)
-    parts = dict(student=(nets["student"], opts[0], ema), fake=(nets["fake"], opts[1], None))
-    return argparse.Namespace(**locals())
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-def begin(args):
-    """OUT with its config.json. A run may go on to other --steps, on other ranks, in other chunks."""
-    free = ["accum", "chunk"] if (args.out / "student").exists() else ["accum", "chunk", "steps"]
+# -------------------------------------------------------------------------------------------- train
+def open_run(args: argparse.Namespace) -> Path:
+    """OUT with its config.json. A run may move, and go on to other --steps, ranks and chunks."""
+    free = ["accum", "chunk", "out"]
+    if not (args.out / "student").exists():
+        free.append("steps")
     return running.open_run(args.out, dict(vars(args), resume=None), args.resume, free)
 
 
-def train(args, device):
-    """--steps student updates; then OUT/student: a UNet's folder, or pytorch_lora_weights.safetensors."""
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """--steps student updates, from the newest checkpoint or --init; then OUT/student."""
+    if running.together((args.out / "config.json").exists()):
+        open_run(args)  # a folder that cannot be used is refused before anything is loaded
     if (args.out / "student").exists():
-        return begin(args)  # done; or of another run, and it says so
+        return  # it is done
     run, steps = prepare(args, device), args.steps
-    if args.init and not running.load(args.init, **run.parts):
-        raise ValueError(f"{args.init} holds no checkpoint: no run")
-    start = running.load(out := begin(args), **run.parts)
-    log, bar = (
-        running.Log(out, args.batch, start),
-        running.progress(total=steps, initial=start, desc=out.name),
-    )
-    for _, row in zip(range(start, steps), run.train(start=start), strict=False):
-        run.ema and run.ema.update(), bar.update()
-        due = lambda every, step=row["step"]: step % every == 0 or step == steps
-        if due(args.log_every):
-            bar.set_postfix(
-                reward=log(row | dict(variety=torch.cat(run.seen).mean())).get("reward")
-            )
-        if due(args.sample_every):
-            show(args, run, out / f"samples/step_{row['step']}.png")
-        if due(args.save_every):
-            running.save(out, row["step"], keep=2, **run.parts)  # each of 58 GiB, if whole
-    export(args, run)
+    if args.init:
+        found = running.load(args.init, **run.parts)
+        running.require(found, f"{args.init} holds no checkpoint: choose the folder of a run")
+    out = open_run(args)
+    (out / "samples").mkdir(exist_ok=True)
+    start = running.load(out, **run.parts)
+    log = running.Log(out, args.batch, start)
+    bar = running.progress(total=steps, initial=start, desc=out.name)
+    for row in islice(run.train(start=start), steps - start):
+        step = row["step"]
+        if run.ema:
+            run.ema.update()
+        bar.update()
+        row |= dict(variety=run.reward.variety())
+        if step % args.log_every == 0 or step == steps:
+            row = log(row)
+            bar.set_postfix({k: row[k] for k in ("reward", "g_norm") if k in row})
+        if step % args.sample_every == 0 or step == steps:
+            show(args, run, out / f"samples/step_{step}.png")
+        if step % args.save_every == 0 or step == steps:
+            running.save(out, step, keep=2, **run.parts)  # each of 58 GiB, if whole
+    running.draw_log(out)
+    if run.ema:
+        with running.averaged(run.ema):
+            export(args, run, out / "student_ema")
+    export(args, run, out / "student")
+    running.say(f"see {out}")
 
 
-def export(args, run):
-    """OUT/student, of the average if there is one, whole or not at all. OSError: no room."""
-    net, new, _ = run.nets["student"], args.out / "student.unfinished", run.ema and run.ema.swap()
-    state = (
-        lib("peft").get_peft_model_state_dict(net)
-        if args.lora_rank
-        else get_model_state_dict(
-            net, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-    )
-    for name, m in running.adapters(
-        net
-    ).items():  # readers who are told no alpha take the rank for it
-        state[f"{name}.lora_B.weight"] = state[f"{name}.lora_B.weight"] * m.scaling["default"]
-    if running.ranks()[0]:
+@torch.no_grad()
+def show(args: argparse.Namespace, run: Run, path: Path) -> None:
+    """Draw four prompts by four seeds to a png, always the same, by the average if there is one."""
+    from torchvision.utils import save_image
+
+    count = len(run.texts.prompts)
+    index = (torch.arange(4) * count // 4).repeat_interleave(4)
+    run.texts.hold(-1, index.tolist())
+    torch.manual_seed(amd.key(args.seed))
+    with running.averaged(run.ema):
+        x = torch.cat([run.generate(run.texts(part), 1.0).x for part in index.split(4)])
+    decode = decoder(run.pipe.vae)
+    images = [F.interpolate(decode(part), (256, 256), mode="area") for part in x.split(1)]
+    if running.ranks().rank == 0:
+        save_image((torch.cat(images).cpu() + 1) / 2, path, nrow=4)
+
+
+def export(args: argparse.Namespace, run: Run, path: Path) -> None:
+    """Write the student as diffusers reads it: a UNet's folder, or a LoRA.
+
+    It is whole, or not there at all. OSError: there is no room.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    net, beside = run.nets["student"], path.with_name(f"{path.name}.unfinished")
+    if args.lora_rank:
+        state = lora_state(net)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(net, options=options)
+    if running.ranks().rank > 0:
         return
     try:
         if args.lora_rank:
-            type(run.pipe).save_lora_weights(new, state)
+            type(run.pipe).save_lora_weights(beside, state)
         else:
-            (
-                (unet := type(net).from_config(net.config)).load_state_dict(state),
-                unet.save_pretrained(new),
-            )
+            plain = type(net).from_config(net.config)
+            plain.load_state_dict(state)
+            plain.save_pretrained(beside)
     except Exception as error:
-        raise OSError(f"{new} unwritable ({error!s:.99}): make room, then --resume") from None
-    new.rename(args.out / "student")
+        raise OSError(f"{beside} unwritable ({error!s:.99}): make room, then --resume") from None
+    shutil.rmtree(path, ignore_errors=True)  # of an attempt that found no room for its twin
+    beside.rename(path)
 
 
+def lora_state(net: nn.Module) -> dict[str, Tensor]:
+    """A LoRA's weights, with its scale in B: readers who are told no alpha take the rank for it."""
+    import peft
+
+    state = peft.get_peft_model_state_dict(net)
+    for name, layer in running.adapters(net).items():
+        key = f"{name}.lora_B.weight"
+        state[key] = state[key] * layer.scaling["default"]
+    return state
+
+
+# ------------------------------------------------------------------------------------------- sample
 @torch.no_grad()
-def show(args, run, path):
-    """A grid of four prompts by four seeds, always the same ones, by the student's average if there is one."""
-    index = (torch.arange(4) * len(run.prompts) // 4).repeat_interleave(4)
-    run.ema and run.ema.swap(), torch.manual_seed(amd.key(args.seed))
-    x = torch.cat([run.generate(run.encode(run.prompts, part))[0] for part in index.split(4)])
-    run.ema and run.ema.swap()
-    images = [
-        F.interpolate(decoder(run.pipe.vae)(part), (256, 256), mode="area") for part in x.split(1)
-    ]
-    if running.ranks()[0] == 0:
-        path.parent.mkdir(exist_ok=True), save_image((torch.cat(images) + 1) / 2, path, nrow=4)
+def sample(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw images by diffusers' own pipeline to OUT/images, as --layout names them.
 
+    Any number of processes share them, and each image has a seed of its own.
+    """
+    import diffusers
 
-# ----------------------------------------------------------------------------------------------------- sample and score
-def listing(args):
-    """-> rows {file, of: the prompt's row} of what --layout wants, in order."""
-    files, n, styles = (
-        [args.prompts],
-        1 + 3 * (args.layout == "geneval"),
-        "anime concept-art paintings photo".split(),
-    )
-    if args.layout == "hpdv2":
-        files = [(args.prompts or Path("benchmark")) / f"{style}.json" for style in styles]
-    return [
-        dict(
-            file=LAYOUTS[args.layout].format(style=file and file.stem, row=i // n, k=i % n, i=i),
-            of=row,
-        )
-        for file in files
-        for i, row in enumerate(row for row in read_prompts(file) for _ in range(n))
-    ]
+    rows, ranks = layout(args.layout, args.prompts), running.ranks()
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    pipe = load_pipeline(args, device, default=half)
+    unet.adopt(pipe, args.init)
+    pipe.vae.enable_slicing()
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    out = open_run(args)
+    keep_prompts(out, rows)
 
-
-@torch.no_grad()
-def sample(args, device):
-    """Images by diffusers' own pipeline to OUT/images; any number of processes share them, each image has its seed."""
-    rows, (rank, world, _) = listing(args), running.ranks()
-    pipe = load_pipeline(
-        args, device, default=torch.float16 if device.type == "cuda" else torch.float32
-    )
-    _, out, _ = adopt(pipe, args.init), begin(args), pipe.vae.enable_slicing()
-    pipe.scheduler = lib("diffusers").LCMScheduler.from_config(pipe.scheduler.config)
-    if rank == 0:
-        running.write(out / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    rows = [row for row in rows[rank::world] if not (out / "images" / row["file"]).exists()]
-    for part in running.progress(
-        [rows[i : i + args.chunk] for i in range(0, len(rows), args.chunk)]
-    ):
-        noise = [
-            torch.Generator(device).manual_seed(amd.key(args.seed, row["file"])) for row in part
-        ]
+    missing = [row for row in rows if not (out / "images" / row["file"]).exists()]
+    mine = missing[ranks.rank :: ranks.size]
+    chunks = [mine[i : i + args.chunk] for i in range(0, len(mine), args.chunk)]
+    for part in running.progress(chunks, desc="images"):
+        seeds = [amd.key(args.seed, row["file"]) for row in part]
         images = pipe(
             [row["of"]["prompt"] for row in part],
             height=args.image_size,
             width=args.image_size,
             timesteps=timesteps(args),
             guidance_scale=0.0,
-            generator=noise,
+            generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
         ).images
         for row, image in zip(part, images, strict=True):
-            (path := out / "images" / row["file"]).parent.mkdir(parents=True, exist_ok=True)
-            if args.layout == "geneval":
-                (path.parents[1] / "metadata.jsonl").write_text(json.dumps(row["of"]))
-            image.save(new := path.with_name(f"_{path.name}"), quality=95), new.rename(path)
+            write_image(args, out / "images" / row["file"], image, row["of"])
+    running.say(f"see {out}")
 
 
-@torch.no_grad()
-def score(args, device):
-    """Print the judges' mean of folders that `sample` wrote, by style if there are some; of two, the winning rate."""
-    rows, *others = [
-        [json.loads(line) for line in (run / "prompts.jsonl").open()] for run in args.samples
-    ]
-    if others not in ([], [rows]):
-        raise ValueError("--samples are of other prompts or layouts: compare like with like")
-    styles = [
-        row["file"].split("/")[0] if row["file"].count("/") == 1 else "" for row in rows
-    ]  # of hpdv2
-    for name in args.judges:
-        judge, scores = JUDGES[name](args, device), []
-        for run in args.samples:
-            r = [
-                judge(
-                    [
-                        Image.open(run / "images" / row["file"]).convert("RGB")
-                        for row in rows[i : i + args.chunk]
-                    ],
-                    [row["of"]["prompt"] for row in rows[i : i + args.chunk]],
-                )
-                for i in running.progress(range(0, len(rows), args.chunk), desc=name)
-            ]
-            scores.append(r := torch.cat(r).double().cpu())
-            means = {
-                k: r[[style == k for style in styles]].mean().item()
-                for k in sorted({*styles} - {""})
-            }
-            print(
-                json.dumps(
-                    dict(samples=str(run), judge=name, images=len(r), mean=r.mean().item(), **means)
-                )
-            )
-        if others:  # ties count half; the interval is Wilson's, 95 %
-            p, z = (scores[0] - scores[1]).sign().add(1).mean().item() / 2, 1.96**2 / len(rows)
-            middle, width = (p + z / 2) / (1 + z), (p * (1 - p) * z + z**2 / 4) ** 0.5 / (1 + z)
-            print(
-                json.dumps(
-                    dict(judge=name, winning_rate=p, low=middle - width, high=middle + width)
-                )
-            )
+def keep_prompts(out: Path, rows: list[dict]) -> None:
+    """Write OUT/prompts.jsonl, which says what each image is of.
 
-
-def speed(args, device):
-    """Print what an update takes beside the bare passes of the same networks that it needs, and the GPU's memory."""
-    run, k, n, off = prepare(args, device), args.accum, args.student_steps, torch.no_grad()
-    clock = running.Clock()
-    c, (student, real, fake) = run.batch(0, 0), map(run.call.get, ("student", "real", "fake"))
-    x, t, c_two = off(run.generate)(c)[0], 0 * c["wish"][:, 0] + 0.5, amd.pair(c, run.null(c))
-    for name, call in dict(
-        forward=off(lambda: student(x, t, c)),
-        backward=lambda: fake(x, t, c).square().mean().backward(),
-        real=off(lambda: real(torch.cat([x, x]), torch.cat([t, t]), c_two)),
-        reward=off(lambda: run.reward(x, c)),
-        text=lambda: run.batch(0, 0),
-        adamw=run.opts[1].step,
-    ).items():
-        clock(name, call)
-    one, three = (
-        clock(
-            f"update with {i} of the fake",
-            partial(next, run.train(student=lambda c, u: run.generate(c), fake_steps=i)),
-        )
-        for i in (1, 3)
+    ValueError: a run that is resumed was of other prompts, so its images would get wrong ones.
+    """
+    path = out / "prompts.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    same = not path.exists() or path.read_text(encoding="utf-8") == text
+    running.require(
+        running.together(same), f"{out} has images of other prompts: choose another folder"
     )
-    fakes = dict(
-        text=k, forward=n * k, reward=k, backward=k, adamw=1
-    )  # backward: forward and backward
-    both = fakes | dict(forward=(n if k > 1 else n - 1) * k, backward=2 * k, real=k, adamw=2)
-    clock.ratio(f"fake update of {args.batch}", (three - one) / 2, fakes)
-    clock.ratio(f"student and fake update of {args.batch}", one, both)
+    if running.ranks().rank == 0:
+        running.write(path, text)
+
+
+def write_image(args: argparse.Namespace, path: Path, image, of: dict) -> None:
+    """Write an image whole, and for GenEval the metadata that its evaluator looks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.layout == "geneval":
+        metadata = path.parents[1] / "metadata.jsonl"
+        metadata.write_text(json.dumps(of), encoding="utf-8")
+    beside = path.with_name(f"unfinished_{path.name}")
+    image.save(beside)
+    beside.rename(path)
+
+
+# -------------------------------------------------------------------------------------------- score
+@torch.no_grad()
+def score(args: argparse.Namespace, device: torch.device) -> None:
+    """Print each judge's mean of folders that `sample` wrote; of two, how often the first one wins.
+
+    HPDv2's means go by style, too.
+    """
+    rows, *others = [read_rows(folder) for folder in args.samples]
+    running.require(
+        others in ([], [rows]),
+        "--samples are of other prompts or layouts: compare like with like",
+    )
+    for name in args.judges:
+        judge = judge_of(args, name, device)
+        scores = [judged(args, judge, folder, rows) for folder in args.samples]
+        for folder, r in zip(args.samples, scores, strict=True):
+            told = dict(samples=str(folder), judge=name, images=len(r), mean=r.mean().item())
+            print(json.dumps(told | by_style(rows, r)))
+        if others:
+            print(json.dumps(dict(judge=name) | metrics.winning_rate(*scores)))
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """What the images of a folder are of."""
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def judge_of(args: argparse.Namespace, name: str, device: torch.device) -> Callable:
+    """A judge: images of PIL and their prompts -> (B,)."""
+    if name == "hpsv2":
+        return judges.hpsv2(device, load_hps(args, device))
+    return judges.JUDGES[name](device)
+
+
+def judged(args: argparse.Namespace, judge: Callable, folder: Path, rows: list[dict]) -> Tensor:
+    """A judge's scores of all images of a folder -> (N,), float64 on the CPU."""
+    r = []
+    for i in running.progress(range(0, len(rows), args.chunk), desc=str(folder)):
+        part = rows[i : i + args.chunk]
+        images = [open_image(folder / "images" / row["file"]) for row in part]
+        r.append(judge(images, [row["of"]["prompt"] for row in part]))
+    return torch.cat(r).double().cpu()
+
+
+def by_style(rows: list[dict], r: Tensor) -> dict[str, float]:
+    """The mean of each style of HPDv2, which is a folder; empty for other layouts."""
+    styles = [row["file"].split("/")[0] if row["file"].count("/") == 1 else "" for row in rows]
+    means = {}
+    for style in sorted({*styles} - {""}):
+        means[style] = r[[of == style for of in styles]].mean().item()
+    return means
+
+
+# -------------------------------------------------------------------------------------------- speed
+def speed(args: argparse.Namespace, device: torch.device) -> None:
+    """Print what an update takes beside the bare calls that it needs, and the GPU's memory."""
+    run, clock = prepare(args, device), running.Clock()
+    c = run.batch(0, 0)
+    student, real, fake = (run.denoise[name] for name in ("student", "real", "fake"))
+    with torch.no_grad():
+        x = run.generate(c, 1.0).x
+    t = torch.full((len(x),), 0.5, device=device)
+    two = amd.pair(c, run.texts.null(c))
+    x2, t2 = torch.cat([x, x]), torch.cat([t, t])
+
+    def backward():
+        fake(x, t, c).square().mean().backward()
+
+    def texts():
+        run.texts.update = None
+        run.batch(0, 0)
+
+    with torch.no_grad():
+        clock("forward", lambda: student(x, t, c))
+        clock("real", lambda: real(x2, t2, two))
+        clock("reward", lambda: run.reward(x, c))
+    clock("backward", backward)
+    clock("texts", texts)
+    clock("adamw", run.opt_fake.step)
+
+    def last_exit(c, _u):
+        return run.generate(c, 1.0)
+
+    updates = run.train(student=last_exit)
+    took = clock(f"update with {args.fake_steps} of the fake", partial(next, updates))
+    k, n, f = args.accum, args.student_steps, args.fake_steps
+    again = 1 if k > 1 else 0  # the exit's call with a graph, after one without
+    needs = dict(texts=1, forward=k * (f * n - 1 + again), backward=k * (f + 1), real=k)
+    needs |= dict(reward=k * f, adamw=f + 1)
+    clock.ratio(f"update of {args.batch}", took, needs)
     running.say(f"samples: {len(x)}; peak {running.peak_gib():.1f} GiB")
 
 
-def main(args):
+# --------------------------------------------------------------------------------------------- main
+def check(args: argparse.Namespace) -> None:
     """ValueError for what cannot work, before anything is written or downloaded."""
-    counts = "batch accum group fake_steps student_steps steps chunk log_every save_every sample_every lr fake_lr w"
-    bad, world = (
-        [k for k in counts.split() if not vars(args)[k] > 0],
-        int(os.environ.get("WORLD_SIZE", 1)),
+    counts = ("batch", "accum", "group", "fake_steps", "student_steps", "steps", "chunk")
+    intervals = ("log_every", "save_every", "sample_every")
+    running.positive(args, *counts, *intervals, "w", "lr", "fake_lr")
+    running.require(0 <= args.ema < 1, f"--ema {args.ema}: choose it in [0, 1)")
+    running.require(args.lora_rank >= 0, "--lora-rank: choose 0 or more")
+    running.require((args.image_size or 64) % 64 == 0, "--image-size: choose a multiple of 64")
+    for path in (args.init, args.hps):
+        running.require(path is None or path.exists(), f"{path}: there is no such file or folder")
+    {"train": check_train, "sample": check_sample, "score": check_score}[args.task](args)
+
+
+def check_train(args: argparse.Namespace) -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    parts = world * args.accum
+    running.require(
+        (args.method == "dmd2") == bool(args.real_data),
+        "--real-data is for dmd2, which needs it",
     )
-    trains, split, real = (
-        args.task == "train",
-        world * args.accum,
-        args.real_data if args.task == "train" else None,
+    running.require(not args.lam or args.method in ("dmd2", "dmdr"), "--lam is for dmd2 and dmdr")
+    running.require(
+        not args.adam8bit or world == 1 or args.lora_rank,
+        "--adam8bit: give --lora-rank, or one GPU",
     )
-    rows = (
-        ()
-        if args.task == "score"
-        else read_prompts(real / "metadata.jsonl")
-        if real
-        else listing(args)
+    running.require(
+        args.batch % parts == 0, f"--batch {args.batch} of {parts} ranks x --accum: take a multiple"
     )
-    files = [args.init, args.hps] + [
-        real / row.get("file_name", "no file_name") for row in rows if real
-    ]
-    lost = [str(path) for path in files if path and not path.exists()]
-    for wrong, fix in (
-        (bad, f"choose {', '.join(bad)} above 0"),
-        (lost, f"no such file or folder: {', '.join(lost[:3])}"),
-        (
-            not 0 <= args.ema < 1 or args.lora_rank < 0,
-            "choose --ema in [0, 1), --lora-rank at least 0",
-        ),
-        ((args.image_size or 64) % 64, "choose --image-size as a multiple of 64"),
-        (
-            trains and (args.method == "dmd2") == (not real),
-            "--real-data is for dmd2, which needs it",
-        ),
-        (
-            args.layout == "geneval" and any("tag" not in row["of"] for row in rows),
-            "geneval: give its metadata",
-        ),
-        (trains and args.lam and args.method not in LAM, "--lam is for dmd2 and dmdr"),
-        (
-            trains and args.adam8bit and world > 1 and not args.lora_rank,
-            "--adam8bit: give --lora-rank, or one GPU",
-        ),
-        (
-            trains and args.batch % (split or 1),
-            f"--batch {args.batch} of {split} ranks x --accum: take a multiple",
-        ),
-        (args.task == "sample" and not args.init, "give --init: a run, a UNet's folder or a LoRA"),
-        (
-            args.task == "score" and len(args.samples or ()) not in (1, 2),
-            "give --samples, a folder or two",
-        ),
-    ):
-        running.require(not wrong, fix)
     method = amd.method(args.method, s=args.s, tau=args.tau, lam=args.lam)
-    if trains and (args.group > 1 or method.senses):
+    if args.group > 1 or method.senses:
         amd.group_advantage(torch.zeros(args.batch), args.group)
-    job = (
-        speed
-        if args.dry_run == "full" and trains
-        else dict(train=train, sample=sample, score=score)[args.task]
-    )
+    if args.real_data:
+        for row in read_prompts(args.real_data / "metadata.jsonl"):
+            path = args.real_data / row.get("file_name", "no file_name")
+            running.require(path.exists(), f"{path}: there is no such file")
+    else:
+        read_prompts(args.prompts)
+
+
+def check_sample(args: argparse.Namespace) -> None:
+    running.require(args.init, "give --init: a run, a UNet's folder or a LoRA")
+    layout(args.layout, args.prompts)
+
+
+def check_score(args: argparse.Namespace) -> None:
+    running.require(len(args.samples or ()) in (1, 2), "give --samples, a folder or two")
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
     device = running.launch()
-    if args.task != "score" and running.together((args.out / "config.json").exists()):
-        begin(args)  # a folder that cannot be used is refused before anything is loaded
-    job(args, device)
-    if job in (train, sample) and running.ranks()[0] == 0:
-        print(f"see {args.out}")
+    if args.task == "sample":
+        sample(args, device)
+    elif args.task == "score":
+        score(args, device)
+    elif args.dry_run == "full":
+        speed(args, device)
+    else:
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""sdxl.py: DMD2's update, LoRAs, the reward HPSv2, whole runs, samples, bad input.
+"""sdxl.py: DMD2's update, LoRAs, exits, texts, the reward, whole runs, samples, bad input.
 
-Everything runs on the CPU, on tiny networks of diffusers' own classes with random weights.
+Everything runs on the CPU, on tiny networks of diffusers' own classes with random weights. What is
+in parts/ has tests of its own.
 """
 
+import contextlib
 import copy
 import json
 import re
+import resource
+import shutil
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import NamedTuple
 
+import bitsandbytes  # noqa: F401, forks need not import again what is imported here
 import diffusers
-import open_clip
+import matplotlib.figure  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.transforms import functional as V
 
@@ -23,6 +30,7 @@ import amd
 import running
 import sdxl
 from helpers import CPU, ROOT, picture, pictures, read_log, run_main, survive
+from parts import judges, rewards, tiny, unet
 
 torch.set_num_threads(1)  # the networks are small
 
@@ -46,7 +54,105 @@ def prepare(*flags):
     return sdxl.prepare(arguments(*flags), CPU)
 
 
-# ---------------------------------------------------------------------------------- DMD2's update
+# -------------------------------------------------------------------------------------------- flags
+def test_the_recipe_is_dmd2s_for_sdxl():
+    args = sdxl.parse([])
+
+    assert args.model == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert (args.w, args.student_steps, args.fake_steps) == (8, 4, 5)
+    assert (args.batch, args.steps, args.accum) == (128, 3800, 16)
+    assert args.lr == args.fake_lr == 5e-7
+    assert (args.ema, args.lora_rank, args.lam) == (0, 0, 0)
+    assert sdxl.timesteps(args) == [999, 749, 499, 249]
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    """The folder of a Stable Diffusion 1.5, as diffusers saves it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "sd15"
+    tiny.sd15_pipeline("tiny").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["name", "hub", "folder"])
+def test_the_recipe_is_dmd2s_for_sd15(sd15, how):
+    """One step. Its model may be called by its short name, by the hub's, or by a folder."""
+    hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    given = dict(name="sd15", hub=hub, folder=str(sd15))[how]
+
+    args = sdxl.parse(["--model", given])
+    dmd2 = sdxl.parse(["--model", given, "--method", "dmd2"])
+
+    assert args.model == (str(sd15) if how == "folder" else hub)
+    assert (args.w, args.student_steps, args.fake_steps) == (1.75, 1, 10)
+    assert (args.batch, args.accum) == (2048, 256)
+    assert args.lr == args.fake_lr == 1e-5
+    assert dmd2.lam == 1e-3
+    assert sdxl.timesteps(args) == [999]
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("--method dmd2", dict(lam=5e-3)),
+        ("--method dmdr", dict(lam=3e-3)),
+        ("--method dmdr --model sd15", dict(lam=3e-3)),
+        ("--method dmd2 --lam .1", dict(lam=0.1)),
+        (
+            "--model sd15 --w 3 --batch 64 --lr 1e-6",
+            dict(
+                w=3,
+                batch=64,
+                accum=8,
+                fake_lr=1e-6,
+            ),
+        ),
+        ("--model sd15 --student-steps 2 --fake-steps 3", dict(student_steps=2, fake_steps=3)),
+        ("--lora-rank 64", dict(lr=5e-5, fake_lr=sdxl.LORA_FAKE_LR)),
+        ("--lora-rank 64 --lr 1e-5", dict(lr=1e-5, fake_lr=sdxl.LORA_FAKE_LR)),
+        ("--model sd15 --lora-rank 8", dict(lr=5e-5, fake_lr=sdxl.LORA_FAKE_LR)),
+        (
+            "--dry-run tiny",
+            dict(
+                model=None,
+                batch=8,
+                steps=4,
+                out=Path("runs/tiny"),
+            ),
+        ),
+        ("--dry-run tiny --batch 16 --fake-steps 7", dict(batch=16, fake_steps=7)),
+        ("sample", dict(out=Path("runs/samples"), chunk=8)),
+    ],
+)
+def test_a_flag_that_is_given_counts_and_others_follow_it(flags, wanted):
+    args = sdxl.parse(flags.split())
+
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def test_dmdrs_teacher_is_itself_again_after_half_of_the_updates():
+    method = sdxl.method_of(
+        arguments(
+            "--method",
+            "dmdr",
+            "--steps",
+            100,
+        )
+    )
+
+    assert method.phi(0) == 0.375
+    assert 0 < method.phi(49) < 0.01
+    assert method.phi(50) == 0
+    assert method.lam == 3e-3
+
+
+def test_a_tau_below_1_weighs_losses_by_1_on_average():
+    assert not sdxl.method_of(arguments()).unit_w
+    assert sdxl.method_of(arguments("--tau", 0.5)).unit_w
+
+
+# ------------------------------------------------------------------------------------ DMD2's update
 class DMD2:
     """One update in DMD2's own equations: the oracle of sdxl.py.
 
@@ -68,7 +174,11 @@ class DMD2:
 
         shared = torch.Generator().manual_seed(amd.key(0, 0))
         self.exit = int(4 * torch.rand((), generator=shared).item())
-        level = torch.rand(2, generator=shared, dtype=torch.float64)  # one for each group
+        level = torch.rand(
+            2,
+            generator=shared,
+            dtype=torch.float64,
+        )  # one for each group
         self.i = (20 + 960 * level.repeat_interleave(4)).round().long()
 
         torch.manual_seed(amd.key(0, 0, 0, 0))
@@ -89,7 +199,12 @@ class DMD2:
             text_embeds=given * self.c["pooled"],
             time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]] * 8),
         )
-        return net(x_t, i, given * self.c["text"], added_cond_kwargs=added).sample
+        return net(
+            x_t,
+            i,
+            given * self.c["text"],
+            added_cond_kwargs=added,
+        ).sample
 
     def predict_x0(self, net, x_t, i):
         """The clean sample that a UNet sees."""
@@ -102,7 +217,11 @@ class DMD2:
 
     def logit(self, x):
         """The discriminator: a head on what the fake's middle block makes of a noisy x."""
-        self.predict_eps(self.fake, self.grid.add_noise(x, self.eps, self.i), self.i)
+        self.predict_eps(
+            self.fake,
+            self.grid.add_noise(x, self.eps, self.i),
+            self.i,
+        )
         return self.fake.head(self.bottleneck).flatten()
 
     def backward_simulation(self):
@@ -112,7 +231,11 @@ class DMD2:
         for k in range(self.exit):
             with torch.no_grad():
                 x = self.predict_x0(self.student, x_t, steps[k])
-                x_t = self.grid.add_noise(x, torch.randn_like(x), steps[k + 1])
+                x_t = self.grid.add_noise(
+                    x,
+                    torch.randn_like(x),
+                    steps[k + 1],
+                )
         return self.predict_x0(self.student, x_t, steps[self.exit])
 
     @torch.no_grad()
@@ -155,7 +278,14 @@ class DMD2:
         """
         x = self.x.detach()
         x_t = self.grid.add_noise(x, self.eps, self.i)
-        denoising = F.mse_loss(self.predict_eps(self.fake, x_t, self.i), self.eps)
+        denoising = F.mse_loss(
+            self.predict_eps(
+                self.fake,
+                x_t,
+                self.i,
+            ),
+            self.eps,
+        )
         gan = F.softplus(self.logit(x)) + F.softplus(-self.logit(self.real_latents()))
         return denoising + 1e-2 * gan.mean()
 
@@ -179,7 +309,10 @@ def dmd2(tmp_path_factory):
     torch.manual_seed(0)
     images = tmp_path_factory.mktemp("dmd2") / "real"
     pictures(images)
-    run = prepare("--method", "dmd2", "--real-data", images, "--lora-rank", 0, "--group", 4)
+    run = prepare(
+        *("--method", "dmd2", "--real-data", images),
+        *("--lora-rank", 0, "--group", 4, "--no-exit-aware"),
+    )
     for p in run.nets["fake"].head.parameters():
         p.data.normal_(0, 0.1)
 
@@ -215,7 +348,11 @@ def test_an_update_of_dmd2_is_its_definition(dmd2, name):
     """
     assert dmd2.oracle.exit > 0
     assert dmd2.log["skipped"] == 0
-    for step, gradient in zip(dmd2.steps[name], dmd2.wanted[name], strict=True):
+    for step, gradient in zip(
+        dmd2.steps[name],
+        dmd2.wanted[name],
+        strict=True,
+    ):
         assert_close(step, gradient, rtol=1e-3, atol=1e-5)
 
 
@@ -225,29 +362,59 @@ def test_a_group_shares_its_prompt(dmd2):
     assert first[0] != second[0]
 
 
-def test_real_images_are_squares_in_minus_one_to_one(dmd2):
-    view = sdxl.form(64, [0.5], [0.5])
-    images = [picture(path) for path in dmd2.oracle.images.glob("*.png")]
-    pixels = torch.stack([view(image) for image in images])
-    assert pixels.shape == (5, 3, 64, 64)
-    assert -1 <= pixels.min() < -0.9
-    assert 0.9 < pixels.max() <= 1
-
-
-# ------------------------------------------------------------------------------------------ LoRAs
-class Looks(NamedTuple):
-    """Guesses of the networks of a run at one x_t, before two updates and after."""
-
-    run: object
-    before: dict[str, torch.Tensor]
-    after: dict[str, torch.Tensor]
-
-
+# -------------------------------------------------------------------------------------------- exits
 @torch.no_grad()
-def look(run, name, x_t):
+def look(run, name, x_t, **more):
     """What a network of a run makes of x_t, for the first conditions of the run."""
     t = torch.ones(len(x_t)) / 3
-    return run.call[name](x_t, t, run.batch(0, 0))
+    c = {k: v[: len(x_t)] for k, v in run.batch(0, 0).items()}
+    return run.denoise[name](x_t, t, c | more)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_exit_aware_fake_begins_as_the_plain_one(rank):
+    """--exit-aware adds one layer to the fake, which is 0 at first, and nothing to the others."""
+    plain = prepare(
+        "--lora-rank",
+        rank,
+        "--method",
+        "dmdr",
+        "--no-exit-aware",
+    )
+    aware = prepare("--lora-rank", rank, "--method", "dmdr")
+    x_t = torch.randn(2, 4, 8, 8)
+    code = unet.exit_code(0.749, 2, CPU)
+
+    told = look(aware, "fake", x_t, exit=code)
+
+    assert told.equal(look(plain, "fake", x_t))
+    assert plain.train.keywords["aware"] is None
+    new = running.tensors(aware.parts).keys() - running.tensors(plain.parts).keys()
+    assert new == {"fake.net.time_embedding.cond_proj.weight"}
+    for name in ("student", "real"):
+        assert aware.nets[name].time_embedding.cond_proj is None
+
+
+def test_a_fake_of_one_exit_is_told_none():
+    """It would be one more bias, and a key more in the checkpoint."""
+    run = prepare("--student-steps", 1)
+
+    assert run.train.keywords["aware"] is None
+    assert run.nets["fake"].time_embedding.cond_proj is None
+
+
+# -------------------------------------------------------------------------------------------- LoRAs
+class Looks(NamedTuple):
+    """Guesses of the networks of a run at one x_t, before two updates and after.
+
+    told has, by network, what its calls in these updates were told of an exit.
+    """
+
+    run: sdxl.Run
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    told: dict[str, list]
+    logs: list[dict]
 
 
 @pytest.fixture(scope="module")
@@ -257,21 +424,47 @@ def adapted():
     It has all four networks: real, student, fake, and the blended teacher between real and fake.
     """
     torch.manual_seed(0)
-    flags = "--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --accum 2 --ema 0.5"
+    flags = "--method dmdr --lora-rank 4 --lr 1e-2 --fake-lr 2e-2 --batch 4 --group 2 --accum 2"
     run = prepare(*flags.split())
-    x_t = torch.randn(4, 4, 8, 8)
-    before = {name: look(run, name, x_t) for name in ("real", "student", "fake")}
+    x_t = torch.randn(2, 4, 8, 8)
+    before = {
+        name: look(
+            run,
+            name,
+            x_t,
+        )
+        for name in ("real", "student", "fake")
+    }
 
+    told = {name: [] for name in run.nets}
+
+    def note(net, _args, given):
+        (name,) = [k for k, v in run.nets.items() if v is net]
+        told[name].append(given["timestep_cond"])
+
+    hooks = [net.register_forward_pre_hook(note, with_kwargs=True) for net in run.nets.values()]
     updates = run.train()
     logs = [next(updates) for _ in range(2)]
-    assert [log["skipped"] for log in logs] == [0, 0]
-    after = {name: look(run, name, x_t) for name in ("real", "student", "fake")}
+    for hook in hooks:
+        hook.remove()
 
-    run.adapt(0)
-    after["blended, r = 0"] = look(run, "blended", x_t)
-    run.adapt(1)
-    after["blended, r = 1"] = look(run, "blended", x_t)
-    return Looks(run, before, after)
+    after = {
+        name: look(
+            run,
+            name,
+            x_t,
+        )
+        for name in ("real", "student", "fake")
+    }
+    adapt = run.train.keywords["adapt"]
+    for r in (0, 1):
+        adapt(r)
+        after[f"blended, r = {r}"] = look(run, "blended", x_t)
+    return Looks(run, before, after, told, logs)
+
+
+def test_two_updates_with_loras_are_finite(adapted):
+    assert [log["skipped"] for log in adapted.logs] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["student", "fake"])
@@ -303,127 +496,282 @@ def test_the_adapted_teacher_goes_from_the_teacher_to_the_fake(adapted):
     assert adapted.after["blended, r = 1"].equal(adapted.after["fake"])
 
 
-def test_a_loras_scale_is_dmd2s(adapted):
-    """Its alpha is 8 at any rank, so it is scaled by 8 / rank."""
-    layers = running.adapters(adapted.run.nets["fake"]).values()
-    assert {layer.scaling["default"] for layer in layers} == {8 / 4}
+def test_the_fake_alone_is_told_of_exits(adapted):
+    """All calls of the fake are, of the exit of their iteration, and no call of another network.
+
+    The layer that it is told by has learned, and a fake that is told hears it.
+    """
+    told = adapted.told
+    assert len(told["fake"]) == 2 * 2 * 2  # updates, fake updates in each, micro-batches
+    assert told["student"]
+    assert told["blended"]
+    for name in ("student", "real", "blended"):
+        assert {v is None for v in told[name]} <= {True}
+    levels = [i / 1000 for i in (999, 749, 499, 249)]
+    codes = [unet.exit_code(level, 2, CPU) for level in levels]
+    found = [[code.equal(v) for code in codes].index(True) for v in told["fake"]]
+    assert found[0::2] == found[1::2]  # the micro-batches of an iteration have one exit
+    exits = {found[4 * i] + 1 for i in range(2)}
+    logged = {int(k[-1]) for log in adapted.logs for k in log if k.startswith("reward_exit_")}
+    assert logged == exits
+
+    assert adapted.run.nets["fake"].time_embedding.cond_proj.weight.any(1).all()
+    x_t = torch.randn(2, 4, 8, 8)
+    by_exit = [
+        look(
+            adapted.run,
+            "fake",
+            x_t,
+            exit=code,
+        )
+        for code in codes
+    ]
+    assert (by_exit[0] - by_exit[3]).abs().max() > 1e-4
 
 
 def test_a_checkpoint_of_loras_holds_no_weight_of_the_teacher(adapted):
-    """Only adapters and their optimizers' states are saved, which are named by number."""
+    """Only adapters and the layer of exits are saved, and optimizers' states, named by number."""
     names = running.tensors(adapted.run.parts)
     weights = [name for name in names if ".opt." not in name]
-    assert weights
-    assert all("lora" in name for name in weights)
+    others = [name for name in weights if "lora" not in name]
+    assert len(weights) > 100
+    assert others == ["fake.net.time_embedding.cond_proj.weight"]
 
 
-# ------------------------------------------------------------------------------------------ HPSv2
-class HPS(NamedTuple):
-    """HPSv2 as its authors compute it, on a small CLIP: one picture (3, H, W) in [0, 1] at a time.
+def moved_by_ten_updates(*flags):
+    """How far a fake's weights go in ten updates of its own loss, by layer: root mean squares.
 
-    The longest side is resized to 224, the rest is black; then CLIP's own normalisation.
+    It is `train` itself with a student that stands still, so the batches are alike in each call.
     """
+    still = ["--method", "dmd", "--no-exit-aware", "--fake-steps", 10, "--lr", 1e-12]
+    run = prepare("--batch", 4, "--group", 2, *still, *flags)
+    net = run.nets["fake"]
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    next(run.train())
 
-    clip: nn.Module
-
-    @staticmethod
-    def view(image):
-        """(3, H, W) in [0, 1] -> (3, 224, 224), as CLIP takes it."""
-        h, w = (round(side * 224 / max(image.shape)) for side in image.shape[1:])
-        image = V.resize(image, [h, w], V.InterpolationMode.BICUBIC, antialias=True)
-        left, top = (224 - w) // 2, (224 - h) // 2
-        image = V.pad(image, [left, top, 224 - w - left, 224 - h - top])
-        mean = [0.48145466, 0.4578275, 0.40821073]
-        std = [0.26862954, 0.26130258, 0.27577711]
-        return V.normalize(image, mean, std)
-
-    def __call__(self, image, prompt):
-        words = open_clip.get_tokenizer("ViT-H-14")([prompt])
-        features = self.clip.encode_image(self.view(image)[None])
-        return 100 * F.cosine_similarity(features, self.clip.encode_text(words))[0]
+    layers = running.adapters(net)
+    if layers:
+        moves = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+    else:
+        moves = {
+            name.removesuffix(".weight"): p - before[name] for name, p in net.named_parameters()
+        }
+    return {name: move.detach().square().mean().sqrt() for name, move in moves.items()}
 
 
-TEXTS = [f"picture {i}" for i in range(5)]
+def test_a_lora_fake_moves_as_far_as_dmd2s_whole_fake():
+    """DMD2 trains a LoRA student against a whole fake, at 5e-5; ours is a LoRA at LORA_FAKE_LR.
+
+    The measure is the median over layers of what its weights moved by, relative to a whole fake's.
+    """
+    whole = moved_by_ten_updates("--lora-rank", 0, "--fake-lr", 5e-5)
+    lora = moved_by_ten_updates("--lora-rank", 64)
+
+    ratio = torch.stack([move / whole[name] for name, move in lora.items()]).median().item()
+    print(f"a LoRA fake at {sdxl.LORA_FAKE_LR:g} moves {ratio:.2f} times as far as a whole one")
+    assert len(lora) > 50
+    assert 0.5 < ratio < 2
 
 
-def seeded_clip():
-    """sdxl.py makes its small CLIP at random: with this seed just before, it is ours."""
-    torch.manual_seed(7)
-
-
+# -------------------------------------------------------------------------------------------- texts
 @pytest.fixture(scope="module")
-def hps():
-    """The oracle.
+def pipes():
+    """The two pipelines, by name."""
+    torch.manual_seed(0)
+    return dict(sdxl=tiny.sdxl_pipeline("tiny"), sd15=tiny.sd15_pipeline("tiny"))
 
-    Its CLIP has the weights of the one that sdxl.py makes for --dry-run tiny.
+
+PROMPTS = [f"a fox {i}" for i in range(5)]
+
+
+def texts_of(pipe, *flags):
+    """The texts of five prompts."""
+    return sdxl.Texts(arguments(*flags), pipe, PROMPTS, CPU)
+
+
+def noted(monkeypatch, owner, name):
+    """A list that gets the first argument of each call of a method, which works as before."""
+    method = getattr(owner, name)
+    calls = []
+
+    def note(first, *others, **options):
+        calls.append(first)
+        return method(first, *others, **options)
+
+    monkeypatch.setattr(owner, name, note)
+    return calls
+
+
+def test_a_prompt_is_encoded_once_an_update(monkeypatch):
+    """However many iterations and micro-batches of the update draw it. Other updates come anew."""
+    run = prepare("--fake-steps", 3, "--accum", 2, "--group", 2)
+    calls = noted(monkeypatch, run.pipe, "encode_prompt")
+
+    for update in (5, 6):
+        calls.clear()
+        drawn = [run.batch(3 * update + i, j)["index"] for i in range(3) for j in range(2)]
+
+        wanted = [run.texts.prompts[i] for i in torch.cat(drawn).unique().tolist()]
+        assert len(wanted) > 3
+        assert calls == [[prompt] for prompt in wanted]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_encoders_are_on_the_gpu_once_an_update(pipes, monkeypatch, offload):
+    """They are brought there, encode the prompts of the update, and go back to the CPU."""
+    texts = texts_of(pipes["sdxl"], *["--offload-text"] * offload)
+    encoders = (pipes["sdxl"].text_encoder, pipes["sdxl"].text_encoder_2)
+    moves = [noted(monkeypatch, net, "to") for net in encoders]
+
+    texts.hold(7, [0, 3, 3, 1])
+    texts.hold(7, [0, 3, 3, 1])
+
+    once = [CPU, "cpu"] if offload else [CPU]
+    assert moves == [once, once]
+    texts.hold(8, [0])
+    assert moves == [once + once, once + once]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_a_condition_does_not_depend_on_its_company(pipes, name):
+    """A prompt's numbers are the same bit for bit, whatever else an update has, and in which order.
+
+    So micro-batches and ranks change nothing.
     """
-    vision = open_clip.CLIPVisionCfg(2, 32, 16, patch_size=56)
-    text = open_clip.CLIPTextCfg(width=32, heads=2, layers=2)
-    seeded_clip()
-    return HPS(open_clip.CLIP(32, vision, text).eval())
+    texts = texts_of(pipes[name])
+
+    texts.hold(0, [3])
+    alone = texts(torch.tensor([3, 3]))
+    texts.hold(1, [4, 3, 0, 3])
+    among = texts(torch.tensor([4, 3, 0, 3]))
+
+    assert among["index"].tolist() == [4, 3, 0, 3]
+    for k in alone:
+        assert among[k][1].equal(alone[k][0])
+        assert among[k][3].equal(alone[k][1])
+    assert not among["text"][0].equal(among["text"][1])
 
 
-def test_hpsv2_judges_images_as_its_authors_do(hps, tmp_path):
-    """The images are wider than high and higher than wide, so black is added on every side."""
-    pictures(tmp_path / "some")
-    images = [picture(tmp_path / f"some/{i}.png") for i in range(5)]
-    wanted = [hps(V.to_tensor(a), text) for a, text in zip(images, TEXTS, strict=True)]
+def test_sdxl_is_told_texts_pooled_texts_and_sizes(pipes):
+    """The oracle is diffusers' own encoding of the prompts, all at once."""
+    texts = texts_of(pipes["sdxl"], "--image-size", 128)
+    texts.hold(0, [1, 2])
 
-    seeded_clip()
-    judge = sdxl.hpsv2(arguments(), CPU)
-    assert_close(judge(images, TEXTS), torch.stack(wanted), rtol=0, atol=1e-4)
+    c = texts(torch.tensor([2, 1]))
+
+    hidden, _, pooled, _ = pipes["sdxl"].encode_prompt(
+        [PROMPTS[2], PROMPTS[1]], device=CPU, do_classifier_free_guidance=False
+    )
+    assert c.keys() == {"text", "pooled", "ids", "index"}
+    assert_close(c["text"], hidden)
+    assert_close(c["pooled"], pooled)
+    assert c["ids"].tolist() == [[128, 128, 0, 0, 128, 128]] * 2
 
 
+def test_sdxls_empty_prompt_is_zeros(pipes):
+    texts = texts_of(pipes["sdxl"])
+    texts.hold(0, [1, 2])
+    c = texts(torch.tensor([2, 1]))
+
+    empty = texts.null(c)
+
+    assert c["text"].any()
+    assert not empty["text"].any()
+    assert not empty["pooled"].any()
+    assert empty["ids"].equal(c["ids"])
+    assert amd.pair(c, empty)["text"].shape == (4, 77, 64)
+
+
+def test_sd15s_empty_prompt_is_encoded(pipes):
+    """And it is told of nothing but texts."""
+    texts = texts_of(pipes["sd15"])
+    texts.hold(0, [1, 2])
+    c = texts(torch.tensor([2, 1]))
+
+    empty = texts.null(c)
+
+    hidden, _ = pipes["sd15"].encode_prompt(
+        [""],
+        CPU,
+        1,
+        do_classifier_free_guidance=False,
+    )
+    assert "pooled" not in c
+    for row in empty["text"]:
+        assert_close(row, hidden[0])
+    assert amd.pair(c, empty)["text"].shape == (4, 77, 32)
+
+
+# --------------------------------------------------------------------------------------- the reward
 class Rewarded(NamedTuple):
-    """Four latents, two a prompt; the images that they decode to; their reward, twice."""
+    """Four latents, two a prompt; the images that they decode to; their reward."""
 
+    reward: sdxl.Reward
     x: torch.Tensor
     images: torch.Tensor
-    rewards: list[torch.Tensor]
-    seen: list[torch.Tensor]
+    scores: torch.Tensor
+
+
+INDEX = [3, 3, 1, 1]  # of the prompts of these latents
 
 
 @pytest.fixture
-def rewarded():
-    """What sdxl.py's reward says of random latents.
-
-    It is called twice, as by the two iterations of an update.
-    """
-    pipe = sdxl.random_pipeline(False)
+def rewarded(pipes):
+    """What sdxl.py's reward says of random latents."""
+    vae = pipes["sdxl"].vae
     x = torch.randn(4, 4, 8, 8, requires_grad=True)
-    images = ((pipe.vae.decode(x / SCALING).sample + 1) / 2).clamp(0, 1)
+    images = ((vae.decode(x / SCALING).sample + 1) / 2).clamp(0, 1)
 
-    seeded_clip()
-    reward, read, seen = sdxl.load_reward(arguments(), pipe, CPU)
-    encode, _null = sdxl.conditions(arguments(), pipe, read, CPU)
-    c = encode(TEXTS, torch.tensor([0, 0, 1, 1]))
-    rewards = [reward(x, c) for _ in range(2)]
-    return Rewarded(x, images, rewards, seen)
+    reward = sdxl.Reward(arguments(), pipes["sdxl"], PROMPTS, CPU)
+    scores = reward(x, dict(index=torch.tensor(INDEX)))
+    return Rewarded(reward, x, images, scores)
 
 
-def test_the_reward_is_hpsv2_of_decoded_latents_with_its_gradient(hps, rewarded):
-    by_hand = torch.stack([hps(rewarded.images[i], TEXTS[i // 2]) for i in range(4)])
-    reward = rewarded.rewards[0]
-    assert_close(reward, by_hand, rtol=0, atol=1e-4)
+def test_the_reward_is_hpsv2_of_decoded_latents_and_their_own_prompts(rewarded):
+    """One by one; the gradient is that of the definition, too."""
+    hps = rewarded.reward.hps
+    by_hand = []
+    for image, i in zip(rewarded.images, INDEX, strict=True):
+        by_hand.append(hps(rewards.square(image[None]), hps.text([PROMPTS[i]]))[0])
+    by_hand = torch.stack(by_hand)
+    assert_close(rewarded.scores, by_hand, rtol=0, atol=1e-4)
+    assert len({f"{score:.3f}" for score in by_hand}) == 4
 
-    g = torch.autograd.grad(reward.sum(), rewarded.x)[0]
+    g = torch.autograd.grad(rewarded.scores.sum(), rewarded.x)[0]
     wanted = torch.autograd.grad(by_hand.sum(), rewarded.x)[0]
     assert_close(g, wanted, rtol=1e-3, atol=1e-5)
     assert g.any()
 
 
-def test_the_reward_sees_how_unlike_samples_of_a_prompt_are(rewarded):
-    """A distance for each pair of neighbours of one prompt, here two, in each call of an update.
-
-    Its mean is what the log calls variety.
-    """
-    views = torch.stack([HPS.view(image) for image in rewarded.images.detach()])
+def test_variety_is_how_unlike_samples_of_a_prompt_are(rewarded):
+    """A distance for each pair of neighbours of one prompt, here two, in each call of an update."""
+    views = torch.cat([rewards.square(image[None]) for image in rewarded.images.detach()])
     apart = torch.stack([(views[i] - views[i + 1]).abs().mean() for i in (0, 2)])
-    assert_close(torch.cat(rewarded.seen), torch.cat([apart, apart]))
     assert apart.all()
+    assert_close(rewarded.reward.variety(), apart.mean())
+
+    assert rewarded.reward.variety().isnan()  # of no call
+    rewarded.reward(rewarded.x, dict(index=torch.tensor([0, 1, 2, 3])))
+    assert rewarded.reward.variety().isnan()  # of no pair
 
 
-# ------------------------------------------------------------------------------- runs and students
+def test_the_reward_may_have_a_decoder_of_its_own(pipes, tmp_path):
+    """The small one of madebyollin/taesdxl takes latents as they are."""
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8)
+    )
+    vae.save_pretrained(tmp_path / "taesdxl")
+    args = arguments("--reward-vae", tmp_path / "taesdxl")
+    x = torch.randn(1, 4, 8, 8)
+
+    view = sdxl.Reward(args, pipes["sdxl"], PROMPTS, CPU).view(x)
+
+    with torch.no_grad():
+        image = (vae.decode(x).sample + 1) / 2
+    assert_close(view, rewards.square(image.clamp(0, 1)))
+
+
+# -------------------------------------------------------------------------------- runs and students
 class Run(NamedTuple):
     """A run that was killed and one that was left alone.
 
@@ -446,7 +794,9 @@ def run_twice(folder, ranks, steps, kind):
     `survive` compares the two students and the two logs, bit for bit.
     """
     torch.manual_seed(0)
-    sdxl.random_pipeline(False).save_pretrained(folder / "model")
+    pipe = tiny.sdxl_pipeline("tiny")
+    pipe.unet = type(pipe.unet).from_config(pipe.unet.config, transformer_layers_per_block=1)
+    pipe.save_pretrained(folder / "model")  # FSDP2 and checkpoints take as long as there are layers
     flags = [
         *("--dry-run", "tiny", "--no-compile"),
         *("--model", str(folder / "model")),
@@ -471,13 +821,15 @@ def lora_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """Whole UNets, sharded by FSDP2 on two ranks."""
-    return run_twice(
-        tmp_path_factory.mktemp("unet"),
-        ranks=2,
-        steps=2,
-        kind="--lora-rank 0 --lr 1e-3",
-    )
+    """Whole UNets, sharded by FSDP2 on two ranks. Curves are drawn by the other run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "draw_log", lambda out: None)
+        return run_twice(
+            tmp_path_factory.mktemp("unet"),
+            ranks=2,
+            steps=2,
+            kind="--lora-rank 0 --lr 1e-3 --exit-aware",
+        )
 
 
 @pytest.fixture(scope="module", params=["lora_run", "whole_run"])
@@ -486,29 +838,78 @@ def run(request):
     return request.getfixturevalue(request.param)
 
 
-LOGGED = (
-    "step fake_step skipped g_norm dm_norm ca_norm loss_student loss_fake "
-    "reward reward_std adv_clip w_mean variety sec samples_per_s mem_gib"
-)
+@pytest.fixture(scope="module")
+def again(run):
+    """Networks made anew, on one rank, with the weights of the run's last checkpoint."""
+    made = sdxl.prepare(sdxl.parse(run.flags), CPU)
+    assert running.load(run.whole, **made.parts) == run.steps
+    return made
+
+
+LOGGED = {
+    "step",
+    "fake_step",
+    "skipped",
+    "g_norm",
+    "dm_norm",
+    "ca_norm",
+    "loss_student",
+    "loss_fake",
+    "reward",
+    "reward_std",
+    "adv_clip",
+    "w_mean",
+    "variety",
+    "sec",
+    "samples_per_s",
+    "mem_gib",
+}
 
 
 def test_sdxl_survives_kill_9(run):
     """The run went on as if nothing had happened, which `survive` has checked.
 
-    Here only what it logs remains to be seen.
+    Here only what it logs remains to be seen: the reward by exit, too, and with one iteration in an
+    update there is one exit.
     """
     rows = read_log(run.whole)
     assert len(rows) == run.steps
-    assert rows[0].keys() >= {*LOGGED.split()}
+    for row in rows:
+        assert row.keys() >= LOGGED
+        (name,) = [k for k in row if re.fullmatch("reward_exit_[1-4]", k)]
+        assert row[name] == row["reward"]
+        assert row["variety"] > 0
 
 
 def test_the_last_two_checkpoints_are_kept(run):
     assert len([*(run.whole / "checkpoints").iterdir()]) == 2
 
 
+def test_a_run_draws_its_curves_and_samples(lora_run):
+    """Four images of each of four prompts, of 256 pixels a side; the curves are for the eye."""
+    run = lora_run
+    assert (run.whole / "curves.png").stat().st_size > 10_000
+    (path,) = (run.whole / "samples").iterdir()
+    assert path.name == f"step_{run.steps}.png"
+    assert picture(path).size == (4 * 258 + 2, 4 * 258 + 2)
+
+
 def test_a_used_folder_is_refused(lora_run):
     with pytest.raises(ValueError, match="holds a run: add --resume to go on"):
         run_main("sdxl", [*lora_run.flags, "--out", lora_run.whole])
+
+
+def test_a_checkpoint_has_the_fakes_layer_of_exits_and_the_student_has_not(run, again):
+    """It has learned, also where FSDP2 shards it. The student is what diffusers knows, no more."""
+    assert again.nets["fake"].time_embedding.cond_proj.weight.any()
+
+    (path,) = (run.whole / "student").glob("*.safetensors")
+    state = load_file(path)
+    if run.ranks == 2:
+        assert state.keys() == again.nets["real"].state_dict().keys()
+    else:
+        assert path.name == LORA_WEIGHT_NAME_SAFE
+        assert all(re.fullmatch(r"unet\..*\.lora_[AB]\.weight", k) for k in state)
 
 
 def documented(folder, model, whole_unet):
@@ -522,21 +923,23 @@ def documented(folder, model, whole_unet):
         "stabilityai/stable-diffusion-xl-base-1.0": str(model),
         "float16": "float32",
         '"cuda"': '"cpu"',
-        "runs/sdxl": str(folder),
+        "runs/sdxl/student": str(folder),
     }.items():
         assert old in lines
         lines = lines.replace(old, new)
     if whole_unet:
-        lines = re.sub("^pipe.load_lora_weights.*$", "", lines, flags=re.M)
+        lines = re.sub(
+            "^pipe.load_lora_weights.*$",
+            "",
+            lines,
+            flags=re.M,
+        )
         lines = re.sub("^# ", "", lines, flags=re.M)
     return lines
 
 
-def test_a_student_draws_in_diffusers_what_it_draws_here(run, monkeypatch):
-    """The documentation's own lines load OUT/student, and draw what our sampler draws.
-
-    Ours has the weights of the last checkpoint, or their average if the run keeps one.
-    """
+def drawn_by_diffusers(run, student, monkeypatch):
+    """The image (3, 64, 64) in [0, 1] that the documentation's lines draw by a student."""
     pipeline = diffusers.StableDiffusionXLPipeline
     call = partialmethod(
         pipeline.__call__,
@@ -545,27 +948,186 @@ def test_a_student_draws_in_diffusers_what_it_draws_here(run, monkeypatch):
     )
     monkeypatch.setattr(pipeline, "__call__", call)
     scope = {}
-    exec(documented(run.whole, run.folder / "model", whole_unet=run.ranks == 2), scope)
+    exec(
+        documented(
+            run.whole / student,
+            run.folder / "model",
+            run.ranks == 2,
+        ),
+        scope,
+    )
+    return scope["image"]
 
-    ours = sdxl.prepare(sdxl.parse(run.flags), CPU)
-    assert running.load(run.whole, **ours.parts) == run.steps
-    assert bool(ours.ema) == ("--ema" in run.flags)
-    c = ours.encode(["a red fox in deep snow"], torch.tensor([0]))
+
+@torch.no_grad()
+def drawn_by_us(run, prompt):
+    """The same by a run's own networks, for a prompt of the documentation."""
+    run.texts.prompts[0] = prompt
+    run.texts.hold(-2, [0])
     torch.manual_seed(5)
-    with torch.no_grad(), running.averaged(ours.ema):
-        x = ours.generate(c)[0]
-    image = ((ours.pipe.vae.decode(x / SCALING).sample[0] + 1) / 2).clamp(0, 1)
-    assert_close(scope["image"], image, rtol=0, atol=1e-4)
+    x = run.generate(run.texts(torch.tensor([0])), 1.0).x
+    return ((run.pipe.vae.decode(x / SCALING).sample[0] + 1) / 2).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------- samples
-PROMPTS = [dict(prompt=f"a fox {i}", tag="t") for i in range(2)]
+def test_a_student_draws_in_diffusers_what_it_draws_here(run, again, monkeypatch):
+    """The documentation's own lines load OUT/student, and draw what our sampler draws.
+
+    It has the weights of the last checkpoint. A run with an average has that beside it, which is
+    another student.
+    """
+    prompt = "a red fox in deep snow"
+    ours = drawn_by_us(again, prompt)
+    assert_close(drawn_by_diffusers(run, "student", monkeypatch), ours, rtol=0, atol=1e-4)
+
+    assert (run.whole / "student_ema").exists() == bool(again.ema) == ("--ema" in run.flags)
+    if again.ema:
+        with running.averaged(again.ema):
+            average = drawn_by_us(again, prompt)
+        assert (average - ours).abs().max() > 1e-3
+        drawn = drawn_by_diffusers(run, "student_ema", monkeypatch)
+        assert_close(drawn, average, rtol=0, atol=1e-4)
 
 
-def sample(run, out, *more):
+def test_a_finished_run_is_left_as_it_is(lora_run):
+    """A job script that is started again with --resume finds nothing to do."""
+    files = [path for path in lora_run.whole.rglob("*") if path.is_file() and path.suffix]
+    times = {path: path.stat().st_mtime_ns for path in files if path.name != "config.json"}
+
+    run_main("sdxl", [*lora_run.flags, "--out", lora_run.whole, "--resume"])
+
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def contents(folder):
+    """The bytes of the files of a folder."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def full_disk():
+    """A context in which no file can grow beyond 1000 bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_student_is_written_whole_or_not_at_all(run, again, tmp_path):
+    """On a full disk the error says what to do, and another attempt succeeds."""
+    args = sdxl.parse(run.flags)
+
+    with full_disk(), pytest.raises(OSError, match=r"unwritable .*: make room, then --resume"):
+        sdxl.export(args, again, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+    sdxl.export(args, again, tmp_path / "student")
+    assert contents(tmp_path / "student") == contents(run.whole / "student")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_full_disk_costs_no_checkpoint(lora_run, tmp_path, monkeypatch):
+    """A run with an average writes two students; here there is no room for the second one.
+
+    It goes on to its end by --resume. Its folder was moved, which a run bears.
+    """
+    out = tmp_path / "moved"
+    shutil.copytree(lora_run.whole, out)
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "student_ema")
+    saved = contents(out / "checkpoints")
+    flags = [*lora_run.flags, "--out", out, "--resume"]
+    export = sdxl.export
+
+    def no_room_for_the_second(args, run, path):
+        with contextlib.nullcontext() if path.name == "student_ema" else full_disk():
+            export(args, run, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sdxl, "export", no_room_for_the_second)
+        with pytest.raises(OSError, match="make room, then --resume"):
+            run_main("sdxl", flags)
+    assert contents(out / "checkpoints") == saved
+    assert (out / "student_ema").exists()
+    assert not (out / "student").exists()
+
+    run_main("sdxl", flags)
+    for student in ("student", "student_ema"):
+        assert contents(out / student) == contents(lora_run.whole / student)
+
+
+# ----------------------------------------------------------------------------- Stable Diffusion 1.5
+@pytest.fixture(scope="module")
+def sd15_run(sd15, tmp_path_factory):
+    """The flags and the folder of two updates of a LoRA of Stable Diffusion 1.5."""
+    out = tmp_path_factory.mktemp("sd15") / "run"
+    flags = [
+        *("--dry-run", "tiny", "--no-compile"),
+        *("--model", sd15),
+        *("--steps", 2, "--batch", 4, "--group", 2, "--fake-steps", 1),
+        *("--lora-rank", 4, "--lr", 1e-2, "--log-every", 1),
+    ]
+    run_main("sdxl", [*flags, "--out", out])
+    return flags, out
+
+
+def test_sd15_is_trained_for_one_step(sd15_run):
+    """What its folder says of it counts, but for flags."""
+    _, out = sd15_run
+
+    config = running.read_config(out)
+    assert (config["w"], config["student_steps"]) == (1.75, 1)
+    assert (config["batch"], config["lr"], config["steps"]) == (4, 1e-2, 2)
+    rows = read_log(out)
+    assert [row["skipped"] for row in rows] == [0, 0]
+    assert not any("exit" in k for row in rows for k in row)
+
+
+def test_sd15s_student_draws_in_one_step(sd15, sd15_run, tmp_path):
+    """The steps need not be given, for the run's own are taken.
+
+    The oracle is one guess from noise of the image's seed, by the LoRA that diffusers has loaded.
+    """
+    flags = ["--dry-run", "tiny", "--model", sd15, "--init", sd15_run[1], "--out", tmp_path / "s"]
+    Path("p.txt").write_text("a fox\nan owl")
+    run_main("sdxl", ["sample", *flags, "--prompts", "p.txt"])
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd15)
+    pipe.load_lora_weights(sd15_run[1] / "student")
+    text, _ = pipe.encode_prompt(
+        ["an owl"],
+        CPU,
+        1,
+        do_classifier_free_guidance=False,
+    )
+    noise = torch.randn(
+        1, 4, 8, 8, generator=torch.Generator().manual_seed(amd.key(0, "000001.png"))
+    )
+    abar = pipe.scheduler.alphas_cumprod[999]
+    with torch.no_grad():
+        eps = pipe.unet(noise, 999, text).sample
+        x = (noise - (1 - abar).sqrt() * eps) / abar.sqrt()
+        image = pipe.vae.decode(x / 0.18215).sample[0] / 2 + 0.5
+    levels = V.pil_to_tensor(picture(tmp_path / "s/images/000001.png"))
+    assert (levels - 255 * image.clamp(0, 1)).abs().max() <= 1
+
+
+def test_sdxl_refuses_a_lora_of_sd15(sd15_run, tmp_path):
+    with pytest.raises(ValueError, match=r"student is no student of --model: take one \(.*\)$"):
+        flags = ["--dry-run", "tiny", "--init", sd15_run[1], "--out", tmp_path / "s"]
+        run_main("sdxl", ["sample", *flags])
+    assert not (tmp_path / "s").exists()
+
+
+# ------------------------------------------------------------------------------------------ samples
+ROWS = [dict(prompt=f"a fox {i}", tag="t") for i in range(2)]
+
+
+def sample(run, out, *more, rows=ROWS):
     """Draw four images of each prompt by a run's student, laid out for GenEval, three at a time."""
     prompts = run.folder / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps(row) for row in PROMPTS))
+    prompts.write_text("\n".join(json.dumps(row) for row in rows))
     flags = [
         *run.flags,
         *("--prompts", prompts, "--layout", "geneval"),
@@ -581,7 +1143,7 @@ def images_of(out, row):
 
 def difference(path, other):
     """The largest difference of two images, in levels of 0 to 255."""
-    levels = [torch.tensor(list(picture(p).tobytes())) for p in (path, other)]
+    levels = [V.pil_to_tensor(picture(p)).int() for p in (path, other)]
     return (levels[0] - levels[1]).abs().max()
 
 
@@ -596,32 +1158,156 @@ def test_an_image_has_a_seed_of_its_own(lora_run, drawn, tmp_path):
     """It is the same whatever is drawn beside it, and no two are alike."""
     sample(lora_run, tmp_path / "at_once", "--chunk", "12")
     images = images_of(drawn, row=0)
-    for path, other in zip(images, images_of(tmp_path / "at_once", row=0), strict=True):
+    for path, other in zip(
+        images,
+        images_of(tmp_path / "at_once", row=0),
+        strict=True,
+    ):
         assert difference(path, other) <= 1
     assert difference(images[2], images[1]) > 9
 
 
 def test_samples_for_geneval_have_the_metadata_of_their_prompt(drawn):
     metadata = (drawn / "images/00000/metadata.jsonl").read_text()
-    assert json.loads(metadata) == PROMPTS[0]
+    assert json.loads(metadata) == ROWS[0]
 
 
 def test_sample_resumes_with_the_images_that_are_missing(lora_run, drawn, tmp_path):
-    """What is lost is drawn again as it was, and what is there is left alone.
-
-    It works on the images of the second prompt, which no other test reads.
-    """
-    images = images_of(drawn, row=1)
-    lost = tmp_path / "lost.png"
-    images[2].rename(lost)
+    """What is lost is drawn again as it was, and what is there is left alone."""
+    out = tmp_path / "again"
+    shutil.copytree(drawn, out)
+    images = images_of(out, row=1)
+    images[2].unlink()
     images[3].write_bytes(b"kept")
 
-    sample(lora_run, drawn, "--resume")
-    assert difference(images[2], lost) <= 1
+    sample(lora_run, out, "--resume")
+
+    assert difference(images[2], images_of(drawn, row=1)[2]) <= 1
     assert images[3].read_bytes() == b"kept"
 
 
-# -------------------------------------------------------------------------------------- bad inputs
+def test_sample_is_not_resumed_with_other_prompts(lora_run, drawn):
+    """A prompt that is put before the others would get the image of another."""
+    kept = contents(drawn)
+    rows = [dict(prompt="a teapot", tag="t"), *ROWS]
+
+    with pytest.raises(ValueError, match="has images of other prompts: choose another folder"):
+        sample(lora_run, drawn, "--resume", rows=rows)
+
+    assert contents(drawn) == kept
+
+
+def test_a_jpg_is_of_pillows_own_quality(tmp_path):
+    """HPSv2's authors save HPDv2's and DrawBench's images so, and scores depend on it."""
+    pixels = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    image = V.to_pil_image(pixels)
+    image.save("wanted.jpg")
+
+    path = tmp_path / "images/anime/00000.jpg"
+    sdxl.write_image(
+        arguments("--layout", "hpdv2"),
+        path,
+        image,
+        dict(prompt="a"),
+    )
+
+    assert path.read_bytes() == Path("wanted.jpg").read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["00000.jpg"]
+
+
+# ------------------------------------------------------------------------------------------- scores
+def test_score_prints_means_and_who_wins(drawn, tmp_path, capsys):
+    """The first folder's images against those of a student that draws black squares."""
+    black = tmp_path / "black"
+    shutil.copytree(drawn, black)
+    for path in black.rglob("*.png"):
+        Image.new("RGB", (64, 64)).save(path)
+    capsys.readouterr()
+
+    run_main("sdxl", ["score", "--dry-run", "tiny", "--chunk", 3, "--samples", drawn, black])
+
+    first, second, won = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["samples"] for row in (first, second)] == [str(drawn), str(black)]
+    assert first["images"] == second["images"] == 8
+    assert won["judge"] == "hpsv2"
+    assert first["mean"] != second["mean"]
+    assert 0 <= won["low"] <= won["winning_rate"] <= won["high"] <= 1
+
+
+def test_a_judges_scores_are_of_each_image_and_its_prompt(drawn):
+    """Whatever the chunks are, and in the order of prompts.jsonl."""
+    rows = sdxl.read_rows(drawn)
+    judge = judges.hpsv2(CPU, tiny.hpsv2("tiny"))
+
+    scores = sdxl.judged(arguments("--chunk", 3), judge, drawn, rows)
+
+    paths = images_of(drawn, row=0) + images_of(drawn, row=1)
+    prompts = ["a fox 0"] * 4 + ["a fox 1"] * 4
+    wanted = [
+        judge([picture(p)], [text])[0]
+        for p, text in zip(
+            paths,
+            prompts,
+            strict=True,
+        )
+    ]
+    assert_close(scores, torch.stack(wanted).double(), rtol=0, atol=1e-4)
+
+
+def test_hpdv2s_means_go_by_style():
+    files = ["anime/00000.jpg", "photo/00000.jpg", "anime/00001.jpg", "photo/00001.jpg"]
+    r = torch.tensor([1.0, 2.0, 3.0, 6.0])
+
+    assert sdxl.by_style([dict(file=file) for file in files], r) == dict(anime=2, photo=4)
+    for other in ("000000.png", "00000/samples/0000.png"):
+        assert sdxl.by_style([dict(file=other)] * 4, r) == {}
+
+
+def test_a_broken_image_is_named(drawn, tmp_path):
+    """A judge must not pass it by, for means are of all images."""
+    out = tmp_path / "cut"
+    shutil.copytree(drawn, out)
+    path = images_of(out, row=1)[2]
+    path.write_bytes(path.read_bytes()[:2000])
+
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a picture")):
+        run_main("sdxl", ["score", "--dry-run", "tiny", "--samples", out])
+
+
+def test_samples_of_other_prompts_are_not_compared(drawn, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(drawn, other)
+    rows = sdxl.read_rows(other)
+    rows[0]["of"] = dict(prompt="a teapot", tag="t")
+    (other / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    with pytest.raises(ValueError, match="--samples are of other prompts"):
+        run_main("sdxl", ["score", "--dry-run", "tiny", "--samples", drawn, other])
+
+
+# ---------------------------------------------------------------------------------------- the speed
+@pytest.mark.parametrize("accum", [1, 2])
+def test_the_speed_report_compares_an_update_with_the_calls_that_it_needs(capsys, accum):
+    """Each item has a line, as soon as it is known; the ratio is what a reader looks for.
+
+    An update of two micro-batches calls each of its last exits once more, for the graph.
+    """
+    flags = ["--batch", 4, "--group", 2, "--fake-steps", 1, "--student-steps", 2]
+    sdxl.speed(arguments("--accum", accum, *flags), CPU)
+
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    measured = {"forward", "real", "reward", "backward", "texts", "adamw"}
+    measured.add("update with 1 of the fake")
+    assert lines.keys() == measured | {"update of 4", "samples"}
+    for name in measured:
+        assert re.fullmatch(r"\d+\.\d{4} s", lines[name])
+    ratio = lines["update of 4"]
+    assert f"{accum * accum} forward, {2 * accum} backward, {accum} real" in ratio
+    assert re.search(r"ratio \d+\.\d{3}$", ratio)
+    assert lines["samples"].startswith(f"{4 // accum}; peak")
+
+
+# --------------------------------------------------------------------------------------- bad inputs
 @pytest.fixture
 def files(tmp_path):
     """Inputs that are wrong in one way each, by the name of what is wrong; and good images."""
@@ -631,31 +1317,53 @@ def files(tmp_path):
     (tmp_path / "second_too_long.txt").write_text("ok\n" + "x" * 10_000)
     (tmp_path / "cut_short.jsonl").write_text('{"prompt": ')
 
+    pictures(tmp_path / "one_lost")
+    (tmp_path / "one_lost/3.png").unlink()
+
     model = tmp_path / "model_without_unet"
     (model / "vae").mkdir(parents=True)
     index = dict(_class_name="StableDiffusionXLPipeline", unet=["a", "b"])
     (model / "model_index.json").write_text(json.dumps(index))
 
+    running.open_run(tmp_path / "other_script", dict(height=480))
+    (tmp_path / "other_script/student").mkdir()
+
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--prompts empty", "give 1 to"),
-        ("--prompts latin1.txt", "UTF-8"),
-        ("--prompts second_too_long.txt", "prompt 2"),
-        ("--prompts cut_short.jsonl", "no .json"),
+        ("--prompts empty", "empty has no prompt"),
+        ("--prompts latin1.txt", "latin1.txt, line 1 is not UTF-8"),
+        ("--prompts second_too_long.txt", "line 2: its prompt has 10,000 characters"),
+        ("--prompts cut_short.jsonl", "line 1 is no JSON"),
+        ("--prompts nowhere.txt", "nowhere.txt"),
         ("--model model_without_unet", "has no unet"),
-        ("--lr 0", "choose lr"),
-        ("--batch 12", "choose K"),
-        ("--accum 3", "take"),
-        ("--lam 1", "dmd2 and dmdr"),
-        ("--method dmd2", "dmd2, which needs"),
+        ("--hps nowhere.pt", "nowhere.pt: there is no such file or folder"),
+        ("--lr 0", "--lr 0.0: choose it above 0"),
+        ("--fake-lr -1", "--fake-lr -1.0: choose it above 0"),
+        ("--w nan", "--w nan: choose it above 0"),
+        ("--batch 0", "--batch 0: choose it above 0"),
+        ("--ema 1", "--ema 1.0: choose it in [0, 1)"),
+        ("--lora-rank -1", "--lora-rank: choose 0 or more"),
+        ("--image-size 100", "--image-size: choose a multiple of 64"),
+        ("--s 2", "choose s in [0, 1]"),
+        ("--batch 12", "K = 8"),
+        ("--accum 3", "--batch 128 of 3 ranks x --accum: take a multiple"),
+        ("--lam 1", "--lam is for dmd2 and dmdr"),
+        ("--method dmd2", "--real-data is for dmd2, which needs it"),
+        ("--real-data images", "--real-data is for dmd2, which needs it"),
+        ("--method dmd2 --real-data one_lost", "one_lost/3.png: there is no such file"),
         (
             "--dry-run tiny --method dmd2 --real-data images --image-size 192",
             "bottleneck is 12",
         ),
-        ("sample", "--init"),
-        ("score", "give"),
+        ("sample", "give --init"),
+        ("sample --init nowhere", "nowhere: there is no such file or folder"),
+        ("sample --dry-run tiny --init images", "images is no student of --model"),
+        ("sample --dry-run tiny --init other_script", "student is no student of --model"),
+        ("sample --init images --layout geneval", "prompt 1 has no tag"),
+        ("score", "give --samples, a folder or two"),
+        ("score --samples images --dry-run tiny", "images/prompts.jsonl"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, flags, message):
@@ -663,3 +1371,19 @@ def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, flags,
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         run_main("sdxl", flags.split())
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_image_of_dmd2s_data_is_named(pipes, tmp_path):
+    """A run meets it at any time, and its name is what helps then."""
+    pictures(tmp_path / "images")
+    path = tmp_path / "images/3.png"
+    path.write_bytes(path.read_bytes()[:9000])
+    rows = [dict(file_name=f"{i}.png") for i in range(5)]
+
+    truth = sdxl.real_images(
+        arguments("--real-data", tmp_path / "images"), rows, pipes["sdxl"], CPU
+    )
+
+    assert truth(dict(index=torch.tensor([2, 0]))).shape == (2, 4, 8, 8)
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a picture")):
+        truth(dict(index=torch.tensor([2, 3])))
