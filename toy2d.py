@@ -955,7 +955,10 @@ def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers) -> L
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{error}: choose another --out") from None
     workers = running.Workers()
     if args.animate:
         animate(lab_of(args, "animate", workers), args.out / "shaping.gif")

@@ -437,7 +437,7 @@ def stream(net, noises, conds, levels, window, sink, u=1.0):
                 kept = remember(torch.cat([x for _, x, _ in part], 2), part[0][0], c)
         kept = kept[:sink] + kept[max(sink, len(kept) - (window - sink - n)) :]
         denoise = partial(read_block, net, start=start, past=[states for *_, states in kept])
-        x, level, _ = amd.backward_simulation(denoise, z, c, levels, u)
+        x, level, *_ = amd.backward_simulation(denoise, z, c, levels, u)
         yield x, level
         last, start = (x.detach(), start, c), start + n
 
