@@ -600,10 +600,14 @@ class Workers:
     """Processes that do one job after the other: as many as there are cores, or count.
 
     Each has one thread, for the networks are small. Make it before anything is computed, since the
-    processes begin as they find this one. On a GPU they begin anew, and one is enough.
+    processes begin as they find this one. With count = 0 this process does the jobs itself, which
+    is for a GPU.
     """
 
     def __init__(self, count: int | None = None):
+        self.pool = None
+        if count == 0:
+            return
         # A fork starts at once, where it is safe; elsewhere each worker imports torch again.
         fork = sys.platform == "linux" and not torch.cuda.is_available()
         context = multiprocessing.get_context("fork" if fork else "spawn")
@@ -615,6 +619,8 @@ class Workers:
 
         A job has `steps`, their number; work counts them by tick, for the progress bar.
         """
+        if self.pool is None:
+            return [work(job) for job in progress(jobs, desc=what)]
         self.done.value = 0
         results = self.pool.map_async(work, jobs, chunksize=1)
         total = sum(job.steps for job in jobs)

@@ -267,7 +267,7 @@ def fit(job: Job) -> None:
         running.tick(step)
 
     beside = path.with_suffix(".unfinished")
-    torch.save(net.state_dict(), beside)
+    torch.save({k: v.cpu() for k, v in net.state_dict().items()}, beside)
     beside.rename(path)
 
 
@@ -473,7 +473,7 @@ def show(job: Job, generate: Callable, step: int) -> None:
 def compare(lab: Lab, args: argparse.Namespace) -> None:
     """Fit the networks, train the bases and the arms, and write table and pictures."""
     read_images(lab.data, lab.image_size)  # the workers inherit them
-    workers = running.Workers(1 if torch.cuda.is_available() else None)
+    workers = running.Workers(0 if torch.cuda.is_available() else None)
     lab.root.mkdir(parents=True, exist_ok=True)
     fits = dict(teacher=lab.fit_teacher, reward=lab.fit_reward, judge=lab.fit_judge)
     workers.map(fit, [Job(lab, what, steps) for what, steps in fits.items()], "networks")

@@ -742,6 +742,17 @@ def test_results_of_workers_come_in_the_order_of_the_jobs():
     assert workers.done.value == 4 * 40
 
 
+def test_without_workers_this_process_does_the_jobs():
+    """So it is on a GPU, of which each process would hold a context."""
+    workers = running.Workers(0)
+
+    results = workers.map(work, [Job(0, 4), Job(0, 2)], "jobs")
+
+    numbers, pids, _ = zip(*results, strict=True)
+    assert numbers == (4, 2)
+    assert {*pids} == {os.getpid()}
+
+
 def test_an_error_of_a_job_reaches_the_caller():
     """running.run makes one line of it there. The workers are still of use."""
     workers = running.Workers(2)
