@@ -118,6 +118,11 @@ def average(grads: list[Tensor]) -> None:
     torch._foreach_copy_(plain, [part.view_as(g) for part, g in zip(parts, plain, strict=True)])
 
 
+def seeded(*ints: int) -> torch.Generator:
+    """A generator whose draws depend on the integers alone."""
+    return torch.Generator().manual_seed(amd.key(*ints))
+
+
 def progress(items: Iterable | None = None, **options) -> tqdm:
     """A progress bar of tqdm, on rank 0 and on a terminal only.
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import amd
 import running
 from parts import judges, metrics, rewards, tiny, unet
-from parts.images import open_image
+from parts.images import open_image, to_square
 from parts.prompts import LAYOUTS, layout, read_prompts
 
 torch.set_float32_matmul_precision("high")
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared("dry-run", choices=[*DRY])
     data.add_argument("--model", help="sdxl, sd15, a hub's name, or a folder of either (sdxl)")
     shared("init", "from its end; sample: a run, a UNet's folder, or a LoRA")
-    shared("prompts", "text, csv, jsonl or json; hpdv2: the folder of its json files; ours")
+    shared("prompts", "text, csv, jsonl or json; hpdv2: the folder of its json files; 36 of ours")
     data.add_argument(
         "--real-data", type=Path, help="dmd2: images and metadata.jsonl {file_name, text}"
     )
@@ -276,7 +276,9 @@ class Texts:
     """
 
     def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
-        self.pipe, self.prompts, self.device = pipe, prompts, device
+        self.pipe = pipe
+        self.prompts = prompts
+        self.device = device
         self.offload = args.offload_text
         size = pixels(args, pipe)
         self.ids = torch.tensor([size, size, 0, 0, size, size], device=device)
@@ -358,11 +360,7 @@ class Reward:
         return rewards.square(((self.decode(x) + 1) / 2).clamp(0, 1))
 
     def __call__(self, x: Tensor, c: dict[str, Tensor]) -> Tensor:
-        # one at a time, and again for a gradient: nothing is as large as the decoder's activations
-        view = self.view
-        if x.requires_grad and torch.is_grad_enabled():
-            view = partial(torch.utils.checkpoint.checkpoint, self.view, use_reentrant=False)
-        images = torch.cat([view(part) for part in x.split(1)])
+        images = rewards.by_parts(self.view, 1, x)
         index = c["index"]
         alike = index[1:] == index[:-1]
         apart = (images[1:] - images[:-1]).detach().abs().mean((1, 2, 3))
@@ -399,18 +397,7 @@ def real_images(
     args: argparse.Namespace, rows: list[dict], pipe, device: torch.device
 ) -> Callable[[dict], Tensor]:
     """dmd2: truth(c), latents of the images whose texts are c's prompts."""
-    from torchvision.transforms import v2
-
-    size = pixels(args, pipe)
-    view = v2.Compose(
-        [
-            v2.Resize(size, v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5], [0.5]),
-        ]
-    )
+    view = to_square(pixels(args, pipe), mean=[0.5], std=[0.5])  # to [-1, 1]
 
     @torch.no_grad()
     def latent(i: int) -> Tensor:
@@ -477,8 +464,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
 
     def drawn(n, j):
         """A prompt for each group of iteration n -> those of this rank and micro-batch."""
-        seeded = torch.Generator().manual_seed(amd.key(args.seed, n))
-        index = torch.randint(len(prompts), (args.batch // args.group,), generator=seeded)
+        groups = args.batch // args.group
+        index = torch.randint(len(prompts), (groups,), generator=running.seeded(args.seed, n))
         index = index.repeat_interleave(args.group).view(ranks.size * args.accum, -1)
         return index[ranks.rank * args.accum + j]
 
@@ -535,17 +522,17 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     )
     ema = running.EMA(nets["student"], args.ema) if args.ema else None
     return Run(
-        pipe,
-        nets,
-        denoise,
-        opt_student,
-        opt_fake,
-        ema,
-        texts,
-        reward,
-        generate,
-        batch,
-        train,
+        pipe=pipe,
+        nets=nets,
+        denoise=denoise,
+        opt_student=opt_student,
+        opt_fake=opt_fake,
+        ema=ema,
+        texts=texts,
+        reward=reward,
+        generate=generate,
+        batch=batch,
+        train=train,
     )
 
 
@@ -810,10 +797,13 @@ def speed(args: argparse.Namespace, device: torch.device) -> None:
 
     updates = run.train(student=last_exit)
     took = clock(f"update with {args.fake_steps} of the fake", partial(next, updates))
-    k, n, f = args.accum, args.student_steps, args.fake_steps
-    again = 1 if k > 1 else 0  # the exit's call with a graph, after one without
-    needs = dict(texts=1, forward=k * (f * n - 1 + again), backward=k * (f + 1), real=k)
-    needs |= dict(reward=k * f, adamw=f + 1)
+    # a rollout is student_steps calls, the last of which has a graph in the student's turn; with
+    # micro-batches that one is made twice; backward is a forward and a backward pass
+    parts, fake_steps = args.accum, args.fake_steps
+    rollouts = fake_steps * args.student_steps
+    forward = rollouts if parts > 1 else rollouts - 1
+    needs = dict(texts=1, forward=parts * forward, backward=parts * (fake_steps + 1))
+    needs |= dict(real=parts, reward=parts * fake_steps, adamw=fake_steps + 1)
     clock.ratio(f"update of {args.batch}", took, needs)
     running.say(f"samples: {len(x)}; peak {running.peak_gib():.1f} GiB")
 

@@ -174,11 +174,6 @@ def levels(args: argparse.Namespace) -> list[float]:
     return [1 - i / args.student_steps for i in range(args.student_steps)]
 
 
-def seeded(*ints: int) -> torch.Generator:
-    """A generator whose draws depend on the integers alone."""
-    return torch.Generator().manual_seed(amd.key(*ints))
-
-
 @dataclass
 class Run:
     """What training needs: networks, optimizers, and the closures that connect them to amd.train.
@@ -230,7 +225,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     adamw = partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
     opt_student = adamw(student.parameters(), args.lr)
     opt_fake = adamw(fake.parameters(), args.fake_lr)
-    reward = load_reward(args, decode, device)
     ranks = running.ranks()
     shape = (real.channels, *[args.image_size // 8] * 2)
 
@@ -241,7 +235,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     def batch(n, j):
         """A class for each group of the update -> those of this rank and micro-batch."""
         groups = args.batch // args.group
-        y = torch.randint(real.classes, (groups,), generator=seeded(args.seed, n))
+        y = torch.randint(real.classes, (groups,), generator=running.seeded(args.seed, n))
         y = y.repeat_interleave(args.group).view(ranks.size * args.accum, -1)
         return y[ranks.rank * args.accum + j].to(device, non_blocking=True)
 
@@ -271,9 +265,18 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         ranks=ranks,
         seed=args.seed,
     )
-    ema = running.EMA(student, args.ema)
     return Run(
-        student, fake, real, opt_student, opt_fake, ema, decode, reward, generate, batch, train
+        student=student,
+        fake=fake,
+        real=real,
+        opt_student=opt_student,
+        opt_fake=opt_fake,
+        ema=running.EMA(student, args.ema),
+        decode=decode,
+        reward=load_reward(args, decode, device),
+        generate=generate,
+        batch=batch,
+        train=train,
     )
 
 
@@ -405,7 +408,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     chunks.mkdir(exist_ok=True)
     ranks = running.ranks()
 
-    y = torch.randint(student.classes, (args.count,), generator=seeded(args.seed))
+    y = torch.randint(student.classes, (args.count,), generator=running.seeded(args.seed))
     if args.labels == "balanced":
         y = torch.arange(args.count) % student.classes
     mine = [*enumerate(y.to(device).split(args.chunk))][ranks.rank :: ranks.size]
@@ -442,9 +445,8 @@ def speed(args: argparse.Namespace, device: torch.device) -> None:
     y = run.batch(0, 0)
     x = run.generate(y, 1.0).x.detach()
     t = torch.rand(len(y), device=device)
-    student, real, fake = denoiser(run.student), denoiser(run.real), denoiser(run.fake)
-    both = (torch.cat([v, v]) for v in (x, t, y))
-    x2, t2, y2 = both
+    student, real, fake = map(denoiser, (run.student, run.real, run.fake))
+    x2, t2, y2 = (torch.cat([v, v]) for v in (x, t, y))
 
     def backward():
         fake(x, t, y).square().mean().backward()

@@ -200,11 +200,6 @@ class Result(NamedTuple):
         return self.shots[max(self.shots)]
 
 
-def seeded(*ints: int) -> torch.Generator:
-    """A generator whose draws depend on the integers alone."""
-    return torch.Generator().manual_seed(amd.key(*ints))
-
-
 def fit(job: Job) -> dict:
     """Flow matching on the data -> weights.
 
@@ -244,7 +239,7 @@ def distill(job: Job) -> Result:
     def batch(n, _j):
         """Groups take the classes in turn; the noise rides along, for DMD's pairs."""
         y = ((torch.arange(job.batch // job.K) + n) % 3).repeat_interleave(job.K)
-        return Condition(y, torch.randn(job.batch, 2, generator=seeded(seed, n)))
+        return Condition(y, torch.randn(job.batch, 2, generator=running.seeded(seed, n)))
 
     def generate(c, u):
         return amd.backward_simulation(amd.x0_from_flow(student), c.z, c, arm.levels, u)
@@ -288,7 +283,7 @@ def distill(job: Job) -> Result:
         seed=seed,
     )
 
-    z = torch.randn(SAMPLES, 2, generator=seeded(seed, -1))
+    z = torch.randn(SAMPLES, 2, generator=running.seeded(seed, -1))
     c, shots = Condition(torch.arange(SAMPLES) % 3, z), {}
     for step in range(steps):
         if step in job.shots:
@@ -377,13 +372,12 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
     return {k: float(v) for k, v in values.items()}
 
 
-STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # by seeds
-
-
 def interval(values: list[float]) -> list[float]:
     """The mean over seeds, and half the width of its 95 % interval."""
+    from scipy.stats import t as student_t
+
     v = torch.tensor(values, dtype=torch.float64)
-    half = STUDENT_T.get(len(v), 1.96) * v.std().item() / len(v) ** 0.5
+    half = student_t.ppf(0.975, len(v) - 1).item() * v.std().item() / len(v) ** 0.5
     return [v.mean().item(), half]
 
 

@@ -137,11 +137,6 @@ class Job:
     base: Path | None = None
 
 
-def seeded(*ints: int) -> torch.Generator:
-    """A generator whose draws depend on the integers alone."""
-    return torch.Generator().manual_seed(amd.key(*ints))
-
-
 # --------------------------------------------------------------------------------------------- data
 @dataclass(frozen=True)
 class Images:
@@ -176,7 +171,8 @@ def read_images(data: str, size: int) -> Images:
         paths, labels, _ = labelled_folder(Path(data))
         x = torch.stack([square(open_image(path), size) for path in paths])
         y = torch.tensor(labels)
-    held, kept = torch.randperm(len(x), generator=seeded(0)).tensor_split([len(x) // HELD_OUT])
+    order = torch.randperm(len(x), generator=running.seeded(0))
+    held, kept = order.tensor_split([len(x) // HELD_OUT])
     running.require(
         len(held) >= 4, f"{data} has {len(x)} images: give 20 at least, a fifth is held out"
     )
@@ -346,7 +342,8 @@ def measure_given(job: Job) -> dict[str, float]:
     images = read_images(lab.data, lab.image_size)
     if job.what == "real":
         return measure(lab, images.x_held.to(lab.device) / 127.5 - 1, images.y_held.to(lab.device))
-    z = torch.randn(lab.count, *images.x.shape[1:], generator=seeded(lab.seed, 1)).to(lab.device)
+    noise = running.seeded(lab.seed, 1)
+    z = torch.randn(lab.count, *images.x.shape[1:], generator=noise).to(lab.device)
     y = torch.arange(lab.count, device=lab.device) % images.classes
     teacher, parts = fitted(lab, "teacher"), zip(z.split(500), y.split(500), strict=True)
     return measure(lab, torch.cat([solve(teacher, *part, job.w) for part in parts]), y)
@@ -383,7 +380,8 @@ def distill(job: Job) -> None:
         return amd.backward_simulation(denoiser(student), z, y, lab.levels, u)
 
     def batch(n, _j):
-        y = torch.randint(images.classes, (lab.batch // lab.group,), generator=seeded(job.seed, n))
+        groups = lab.batch // lab.group
+        y = torch.randint(images.classes, (groups,), generator=running.seeded(job.seed, n))
         return y.repeat_interleave(lab.group).to(lab.device)
 
     def adapt(r):
@@ -590,11 +588,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared("w", "1; several make an arm of each", nargs="+", default=[1.0])
     shared("group", "8")
     shared("student-steps", "1")
-    groups["method"].add_argument(
-        "--exit-aware",
-        action=argparse.BooleanOptionalAction,
-        help="tell the fake the exit of a student of several steps (both are tried)",
-    )
+    shared("exit-aware", "both are tried")
     shared("fake-steps", "3")
 
     shared("batch", "64; cifar10 256")
@@ -616,9 +610,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     groups["data"].add_argument(
         "--reward", choices=["cnn", "linear"], help="the classifier that rewards (cnn)"
     )
-    for name in ("teacher", "reward", "judge"):
+    for name, note in (
+        ("teacher", "1,500; cifar10 5,600"),
+        ("reward", "100; cifar10 2,000"),
+        ("judge", "400; cifar10 2,000"),
+    ):
         groups["data"].add_argument(
-            f"--fit-{name}", type=int, help=f"updates that the {name} is fitted for"
+            f"--fit-{name}", type=int, help=f"updates that the {name} is fitted for ({note})"
         )
     shared("init", "another lab, whose networks and bases are shared")
 

@@ -7,10 +7,13 @@ finds them by image_files.
         image = open_image(path)  # RGB, 8 bits, upright
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 import running
 
@@ -105,3 +108,30 @@ def as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------- to tensors
+def to_tensor() -> Callable[[Image.Image], Tensor]:
+    """A function of a picture in RGB -> (3, H, W) in [0, 1]."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+
+
+def to_square(
+    size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Image.Image], Tensor]:
+    """A function of a picture in RGB -> (3, size, size), less mean and by std.
+
+    The shorter side becomes size, by Pillow's bicubic interpolation, and the middle is cut out.
+    """
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.Resize(size, v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            to_tensor(),
+            v2.Normalize(mean, std),
+        ]
+    )

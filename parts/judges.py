@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from parts import rewards
+from parts.images import to_square, to_tensor
 
 Judge = Callable[[list[Image], list[str]], Tensor]
 
@@ -23,26 +23,6 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 IMAGEREWARD_REPO = "THUDM/ImageReward"
 IMAGEREWARD_FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward's raw scores
-
-
-def to_tensor() -> v2.Compose:
-    """A picture of PIL in RGB -> (3, H, W) in [0, 1]."""
-    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-
-
-def to_square(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
-    """A picture of PIL in RGB -> (3, size, size), less mean and by std.
-
-    The shorter side becomes size, by Pillow's bicubic interpolation, and the middle is cut out.
-    """
-    return v2.Compose(
-        [
-            v2.Resize(size, v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            to_tensor(),
-            v2.Normalize(mean, std),
-        ]
-    )
 
 
 # -------------------------------------------------------------------------------------------- HPSv2

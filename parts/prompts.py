@@ -1,11 +1,13 @@
 """Prompt files as people have them, and the files that benchmarks want of their prompts.
 
-rows = read_prompts(Path("prompts.jsonl"))
-rows[0]["prompt"]  # "a red fox in snow"
+    rows = read_prompts(Path("prompts.jsonl"))
+    rows[0]["prompt"]  # "a red fox in snow"
 
-rows = layout("geneval", Path("evaluation_metadata.jsonl"))
-rows[5]["file"]  # "00001/samples/0001.png"
-rows[5]["of"]["prompt"]  # the prompt to draw there
+    rows = layout("geneval", Path("evaluation_metadata.jsonl"))
+    rows[5]["file"]  # "00001/samples/0001.png"
+    rows[5]["of"]["prompt"]  # the prompt to draw there
+
+Both say in one line what is wrong with a file, and where in it.
 """
 
 import csv

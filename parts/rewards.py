@@ -62,13 +62,19 @@ def class_reward(
             image = (decode(x) + 1) / 2
             return log_p(classify(image.clamp(0, 1)), y)
 
-    def reward(x: Tensor, y: Tensor) -> Tensor:
-        again = x.requires_grad and torch.is_grad_enabled()
-        call = partial(checkpoint, score, use_reentrant=False) if again else score
-        chunks = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-        return torch.cat([call(*chunk) for chunk in chunks])
+    return partial(by_parts, score, CHUNK)
 
-    return reward
+
+def by_parts(f: Callable[..., Tensor], size: int, x: Tensor, *more: Tensor) -> Tensor:
+    """f(x, *more) for `size` samples at a time, all (B, ...) -> its results, (B, ...).
+
+    Where x requires a gradient, each part is computed again in the backward pass. So what f holds
+    is held for one part only, such as a decoder's activations.
+    """
+    again = x.requires_grad and torch.is_grad_enabled()
+    call = partial(checkpoint, f, use_reentrant=False) if again else f
+    parts = zip(*[v.split(size) for v in (x, *more)], strict=True)
+    return torch.cat([call(*part) for part in parts])
 
 
 # ------------------------------------------------------------------------------------------- DINOv2

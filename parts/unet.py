@@ -1,9 +1,11 @@
 """Stable Diffusion's pipeline and UNet as AMD needs them: checked, with LoRAs, exits, a GAN head.
 
-pipe = load_pipeline("stabilityai/stable-diffusion-xl-base-1.0", device, default=torch.bfloat16)
-add_lora(unet, rank=64)  # DMD2's layers
-tell_exits(unet)  # a fake teacher that can be told a sample's exit
-adopt(pipe, Path("runs/sdxl"))  # a student, or anyone's UNet or LoRA
+    pipe = load_pipeline("stabilityai/stable-diffusion-xl-base-1.0", device, default=torch.bfloat16)
+    add_lora(unet, rank=64)  # DMD2's layers
+    tell_exits(unet)  # a fake teacher that can be told a sample's exit
+    adopt(pipe, Path("runs/sdxl"))  # a student, or anyone's UNet or LoRA
+
+What is here knows diffusers' classes, and nothing of a run.
 """
 
 import json
@@ -52,9 +54,9 @@ def load_pipeline(model: str, device: torch.device, **dtypes: torch.dtype):
             part in index and (not folder.is_dir() or (folder / part).is_dir()),
             f"{model} has no {part}: give SDXL, Stable Diffusion 1.5 or a whole folder",
         )
-    only_fp16 = folder.is_dir() and not has_weights(folder / "unet", "")
+    variant = variant_of(folder / "unet") if folder.is_dir() else None
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        model, dtype=dtypes, variant="fp16" if only_fp16 else None, safety_checker=None
+        model, dtype=dtypes, variant=variant, safety_checker=None
     )
     return frozen(pipe, model, device, **dtypes)
 
@@ -84,10 +86,10 @@ def frozen(pipe, model: str, device: torch.device, **dtypes: torch.dtype):
     return pipe
 
 
-def has_weights(folder: Path, variant: str) -> bool:
-    """Does a network's folder have files of weights, of that variant ("" or ".fp16")?"""
+def variant_of(folder: Path) -> str | None:
+    """diffusers' variant of a network's files: "fp16" where there are no others."""
     names = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
-    return any((".fp16" in name) == bool(variant) for name in names)
+    return None if any(".fp16" not in name for name in names) else "fp16"
 
 
 # --------------------------------------------------------------------------- LoRAs, exits, GAN head
@@ -197,10 +199,7 @@ def adopt(pipe, path: Path) -> None:
     own = pipe.unet.config.cross_attention_dim
     try:
         if (path / "config.json").exists():
-            only_fp16 = not has_weights(path, "")
-            net = type(pipe.unet).from_pretrained(
-                path, dtype=pipe.dtype, variant="fp16" if only_fp16 else None
-            )
+            net = type(pipe.unet).from_pretrained(path, dtype=pipe.dtype, variant=variant_of(path))
             width = net.config.cross_attention_dim
             running.require(width == own, "its texts are of another width")
             pipe.unet = net.to(pipe.device)
