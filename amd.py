@@ -77,6 +77,11 @@ def flow(t: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - t, t
 
 
+def shifted(t: float | Tensor, shift: float) -> float | Tensor:
+    """Levels of flow in [0, 1], where sigma / alpha is shift times as large, as video has it."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 class vp:
     """The Schedule of a DDPM with alphas_cumprod (N,): level t is the time step i nearest to t N.
 
@@ -663,6 +668,8 @@ def train(
     space: str = "flow",
     t_range: tuple[float, float] = (0.02, 0.98),
     shift: float = 1.0,
+    t_clamp: tuple[float, float] = (0.0, 1.0),
+    t_per_sample: bool = False,
     normalize: bool = True,
     truth: Callable[[Condition], Tensor] | None = None,
     logits: Denoiser | None = None,
@@ -698,7 +705,8 @@ def train(
                                logits sees c as it is, for real samples have no exit
     probe(draw, d, g) -> dict  numbers of your own for the log, in each student update
     update(opts) -> norms      steps the optimizers, if all norms are finite
-    t_range, shift             t is uniform in t_range, then shift t / (1 + (shift - 1) t), clamped
+    t_range, shift, t_clamp    t is uniform in t_range, then `shifted`, then clamped
+    t_per_sample               each sample has a t of its own; Alg. 1 l. 8 draws one for a group
     accum                      micro-batches of an iteration. A single one holds the graphs of
                                student and fake at once. With several, the student is rolled out
                                without a graph, and its exit is called again once g is known; it
@@ -715,8 +723,9 @@ def train(
     FloatingPointError. ValueError: a closure is missing or returns a wrong shape, K does not divide
     the batch, a number is out of range, a reward is not finite.
     """
-    if not (0 <= t_range[0] < t_range[1] <= 1 and min(shift, K, accum, fake_steps) > 0):
-        raise ValueError("choose t_range in [0, 1], and shift, K, accum, fake_steps above 0")
+    ranges = all(0 <= low < high <= 1 for low, high in (t_range, t_clamp))
+    if not (ranges and min(shift, K, accum, fake_steps) > 0):
+        raise ValueError("choose t_range, t_clamp in [0, 1]; shift, K, accum, fake_steps above 0")
     spaces = ("x0", "eps") if isinstance(schedule, vp) else ("x0", "eps", "flow")
     if space not in spaces:
         raise ValueError(f"space {space!r}: choose one of {', '.join(spaces)} for this schedule")
@@ -755,7 +764,7 @@ def train(
             a, W, sensed = sense(method, exits, conds, asked, K, ranks)
 
             # l. 8: a noise level for each group
-            t = draw_levels(shared, len(a), K, t_range, shift)
+            t = draw_levels(shared, len(a), 1 if t_per_sample else K, t_range, shift, t_clamp)
 
             # l. 9-11: for each micro-batch, its noise
             found = []
@@ -880,12 +889,19 @@ def sense(
 
 
 def draw_levels(
-    generator: torch.Generator, N: int, K: int, t_range: tuple[float, float], shift: float
+    generator: torch.Generator,
+    N: int,
+    K: int,
+    t_range: tuple[float, float],
+    shift: float = 1.0,
+    t_clamp: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Alg. 1 l. 8, a draw a group -> t (N,): uniform in t_range, moved to noise by shift > 1."""
+    """Alg. 1 l. 8, a draw for K samples -> t (N,): uniform in t_range, shifted, then clamped.
+
+    DMD2 is uniform in [.02, .98]; Self-Forcing in [0, 1], with shift 5, clamped to [.02, .98].
+    """
     t = torch.rand(N // K, generator=generator, dtype=torch.float64).repeat_interleave(K)
-    t = t_range[0] + (t_range[1] - t_range[0]) * t
-    return (shift * t / (1 + (shift - 1) * t)).clamp(*t_range)
+    return shifted(t_range[0] + (t_range[1] - t_range[0]) * t, shift).clamp(*t_clamp)
 
 
 def renoised(

@@ -1907,30 +1907,49 @@ def test_an_exit_that_repeats_another_x_is_refused():
             it.run(amd.method("amd"), 1, student=student)
 
 
-def test_levels_are_shared_by_a_group_and_warped():
-    """Rewards are compared within a group, so its samples have one level; groups have many.
-
-    A shift moves levels towards noise by the formula of flow matching, and keeps the range.
-    """
-
-    def levels(shift):
-        return amd.draw_levels(
-            torch.Generator().manual_seed(1),
-            4000,
-            4,
-            (0.1, 0.9),
-            shift,
-        )
-
-    t, warped = levels(1), levels(5)
+def test_levels_are_shared_by_a_group():
+    """Rewards are compared within a group, so its samples have one level; groups have many."""
+    t = amd.draw_levels(torch.Generator().manual_seed(1), 4000, 4, (0.1, 0.9))
 
     assert t.view(-1, 4).std(1).max() == 0
     assert len(t.unique()) > 990
     assert 0.1 <= t.min() < 0.11
     assert 0.89 < t.max() <= 0.9
-    want = 5 * t / (1 + 4 * t)
-    close(warped, want.clamp(0.1, 0.9))
-    assert warped.max() == 0.9
+
+
+def test_levels_of_video_are_self_forcings():
+    """Uniform in [0, 1], shifted by 5, clamped to [.02, .98]: 9.3 % are at .98, half above .833.
+
+    These shares are the inverse of the shift at .98 and its value at .5.
+    """
+    t = amd.draw_levels(torch.Generator().manual_seed(1), 40000, 1, (0, 1), 5.0, (0.02, 0.98))
+
+    assert t.min() == 0.02
+    assert t.max() == 0.98
+    assert abs((t == 0.98).double().mean() - (1 - 49 / 54)) < 0.005
+    assert abs(t.median() - 5 / 6) < 0.005
+
+
+def test_a_shift_multiplies_the_noise_to_signal_ratio_of_flow():
+    """Nothing and noise stay what they are."""
+    t = torch.linspace(0, 0.99, 100).double()
+    alpha, sigma = amd.flow(t)
+    alpha_5, sigma_5 = amd.flow(amd.shifted(t, 5.0))
+    close(sigma_5 / alpha_5, 5 * sigma / alpha)
+    assert amd.shifted(1.0, 5.0) == 1
+
+
+def test_a_sample_may_have_a_level_of_its_own():
+    """Alg. 1 draws one for a group of K; LongLive one for each video."""
+    for alone, levels in ((False, 2), (True, 8)):
+        it, seen = Setting(), []
+
+        def probe(draw, d, g, seen=seen):
+            seen.extend(draw.t.tolist())
+            return {}
+
+        it.run(amd.method("amd"), 1, probe=probe, t_per_sample=alone, t_range=(0, 1))
+        assert len({*seen}) == levels
 
 
 def test_each_draw_has_a_seed_of_its_own():
@@ -2287,7 +2306,8 @@ def wrong_sizes(n, j):
         ("amd", dict(student=lambda c, u: c["z"]), "return (x, t_G), or an Exit"),
         ("amd", dict(fake=amd.x0_from_eps(None, amd.vp(ABAR))), "fake was made for another"),
         ("amd", dict(ranks=amd.Ranks(0, 2)), "pass update=, which averages"),
-        ("amd", dict(t_range=(0, 980)), "t_range in"),
+        ("amd", dict(t_range=(0, 980)), "t_range, t_clamp in"),
+        ("amd", dict(t_clamp=(0.5, 0.5)), "t_range, t_clamp in"),
         ("amd", dict(shift=0), "above 0"),
     ],
 )
@@ -2368,6 +2388,8 @@ def test_defaults_stay_what_others_rely_on():
         K=8,
         w=1,
         t_range=(0.02, 0.98),
+        t_clamp=(0.0, 1.0),
+        t_per_sample=False,
         normalize=True,
         fake_steps=5,
         accum=1,
