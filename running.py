@@ -33,6 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -146,6 +147,49 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def visit(device: torch.device, *nets: nn.Module) -> Iterator[None]:
+    """A context in which frozen networks compute on a device, and live where they are.
+
+    Copies of their weights go there, in their modules' places, so nothing is copied back.
+    """
+    places = []
+    for module in (module for net in nets for module in net.modules()):
+        for tensors in (module._parameters, module._buffers):
+            places += [(tensors, name, v) for name, v in tensors.items() if v is not None]
+    copies = {}
+    try:
+        for tensors, name, v in places:
+            if v not in copies:  # some weights stand in two places
+                copies[v] = v.detach().to(device)
+            tensors[name] = copies[v]
+        yield
+    finally:
+        for tensors, name, v in places:
+            tensors[name] = v
+
+
+def visit_in_turn(device: torch.device, layers: Iterable[nn.Module]) -> None:
+    """From now on, let each of these frozen layers visit a device whenever it is called.
+
+    So a network that is larger than the device computes on it. Its other layers must be there.
+    """
+    for layer in layers:
+        stay = contextlib.ExitStack()
+        layer.register_forward_pre_hook(partial(enter, stay, device))
+        layer.register_forward_hook(partial(leave, stay), always_call=True)
+
+
+def enter(stay: contextlib.ExitStack, device: torch.device, layer: nn.Module, _given) -> None:
+    """A hook before a layer: let it visit a device."""
+    stay.enter_context(visit(device, layer))
+
+
+def leave(stay: contextlib.ExitStack, _layer: nn.Module, _given, _made) -> None:
+    """A hook after a layer, also where that has raised: its visit is over."""
+    stay.close()
 
 
 def autocast(x: Tensor) -> torch.autocast:

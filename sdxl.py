@@ -272,14 +272,18 @@ def compile_blocks(net: nn.Module) -> None:
 class Texts:
     """What the UNet is told of prompts, which are encoded once an update.
 
-    With --offload-text the encoders are on the GPU for that time only.
+    With --offload-text the encoders live on the CPU, and visit the GPU for that.
     """
 
     def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
         self.pipe = pipe
         self.prompts = prompts
         self.device = device
-        self.offload = args.offload_text
+        parts = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+        self.encoders = [net for net in parts if net is not None]
+        if args.offload_text:
+            for net in self.encoders:
+                net.to("cpu")
         size = pixels(args, pipe)
         self.ids = torch.tensor([size, size, 0, 0, size, size], device=device)
         self.held = {}
@@ -294,31 +298,24 @@ class Texts:
 
         They are encoded one by one, so that a prompt's numbers do not hang on its company.
         """
-        nets = [net for name, net in self.pipe.components.items() if "text_encoder" in name]
-        nets = [net for net in nets if net is not None]
-        for net in nets:
-            net.to(self.device)
         made = []
-        for text in texts:
-            hidden, _, *more = self.pipe.encode_prompt(
-                [text],
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-            made.append(dict(text=hidden) | (dict(pooled=more[0]) if more else {}))
-        if self.offload:
-            for net in nets:
-                net.to("cpu")
+        with running.visit(self.device, *self.encoders):
+            for text in texts:
+                hidden, _, *more = self.pipe.encode_prompt(
+                    [text],
+                    device=self.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                )
+                made.append(dict(text=hidden) | (dict(pooled=more[0]) if more else {}))
         return made
 
-    def hold(self, update: int, indices: list[int]) -> None:
-        """Encode the prompts of an update, and forget those of the last one."""
-        if update == self.update:
-            return
-        wanted = sorted(set(indices))
-        made = self.encode([self.prompts[i] for i in wanted])
-        self.held, self.update = dict(zip(wanted, made, strict=True)), update
+    def hold(self, indices: list[int], update: int | None = None) -> None:
+        """Encode the prompts that will be asked for, those of an update, and forget others."""
+        held = sorted(set(indices))
+        made = self.encode([self.prompts[i] for i in held])
+        self.held = dict(zip(held, made, strict=True))
+        self.update = update
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
         """The condition of held prompts, index (B,) on the CPU: each prompt once, then repeated."""
@@ -342,7 +339,7 @@ def pixels(args: argparse.Namespace, pipe) -> int:
 
 # ------------------------------------------------------------------------------------------- reward
 class Reward:
-    """HPSv2 of latents and their prompts (B,), with a gradient if the latents have one (dmdr).
+    """HPSv2 of latents and held prompts (B,), with a gradient if the latents have one (dmdr).
 
     `variety` is what the reward does not see: the mean distance of neighbouring samples of a
     prompt, of the calls since it was last asked, or NaN.
@@ -350,10 +347,22 @@ class Reward:
 
     def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
         self.prompts = prompts
+        self.device = device
         self.hps = load_hps(args, device)
+        if args.offload_text:
+            for net in self.hps.text_nets:
+                net.to("cpu")
+        self.texts = {}
         vae = load_vae(args.reward_vae, device) if args.reward_vae else pipe.vae
         self.decode = decoder(vae)
         self.apart = []
+
+    def hold(self, indices: list[int]) -> None:
+        """Encode the prompts that it will be asked about, and forget those before."""
+        held = sorted(set(indices))
+        with torch.no_grad(), running.visit(self.device, *self.hps.text_nets):
+            texts = self.hps.text([self.prompts[i] for i in held])
+        self.texts = dict(zip(held, texts, strict=True))
 
     def view(self, x: Tensor) -> Tensor:
         """Latents -> images as HPSv2 sees them."""
@@ -366,8 +375,7 @@ class Reward:
         apart = (images[1:] - images[:-1]).detach().abs().mean((1, 2, 3))
         self.apart.append(apart[alike])
 
-        which, places = index.unique(return_inverse=True)
-        texts = self.hps.text([self.prompts[i] for i in which.tolist()])[places]
+        texts = torch.stack([self.texts[i] for i in index.tolist()])
         return self.hps(images, texts)
 
     def variety(self) -> Tensor:
@@ -471,9 +479,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
 
     def batch(n, j):
         update = n // args.fake_steps
-        first = update * args.fake_steps
-        of_update = [drawn(first + i, k) for i in range(args.fake_steps) for k in range(args.accum)]
-        texts.hold(update, torch.cat(of_update).tolist())
+        if texts.update != update:
+            iterations = range(update * args.fake_steps, (update + 1) * args.fake_steps)
+            indices = torch.cat([drawn(i, k) for i in iterations for k in range(args.accum)])
+            texts.hold(indices.tolist(), update)
+            reward.hold(indices.tolist())
         return texts(drawn(n, j))
 
     def aware(c, t_G):
@@ -600,7 +610,7 @@ def show(args: argparse.Namespace, run: Run, path: Path) -> None:
 
     count = len(run.texts.prompts)
     index = (torch.arange(4) * count // 4).repeat_interleave(4)
-    run.texts.hold(-1, index.tolist())
+    run.texts.hold(index.tolist())
     torch.manual_seed(amd.key(args.seed))
     with running.averaged(run.ema):
         x = torch.cat([run.generate(run.texts(part), 1.0).x for part in index.split(4)])

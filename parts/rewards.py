@@ -152,6 +152,7 @@ class HPSv2(nn.Module):
 
         super().__init__()
         self.clip = clip
+        self.text_nets = (clip.token_embedding, clip.transformer)  # what an image has no need of
         self.tokenize = get_tokenizer(CLIP)
 
     def text(self, prompts: list[str]) -> Tensor:

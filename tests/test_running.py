@@ -270,6 +270,52 @@ def test_a_shared_copy_holds_no_weight_twice_and_hides_its_adapter():
     assert not running.adapters(base)
 
 
+def test_a_network_visits_a_device_and_is_back_as_it_was():
+    """There it has copies, a shared weight one, buffers too; nothing is copied back.
+
+    The device is torch's own "meta", which has shapes and no numbers. It is back after an error.
+    """
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).requires_grad_(False)
+    net[2].weight = net[0].weight
+    before = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+    with pytest.raises(KeyError), running.visit(torch.device("meta"), net):
+        there = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        assert {v.device.type for v in there.values()} == {"meta"}
+        assert net[2].weight is net[0].weight
+        assert net(torch.zeros(2, 3, device="meta")).device.type == "meta"
+        raise KeyError
+
+    after = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    assert after.keys() == before.keys()
+    assert all(v is before[name] for name, v in after.items())
+    assert net[2].weight is net[0].weight
+
+
+def test_layers_visit_a_device_one_after_the_other():
+    """A layer is there while it computes and no other is; all are back, also after an error."""
+    layers = [nn.Linear(3, 3).requires_grad_(False) for _ in range(3)]
+    seen = []
+
+    def places(*_):
+        """Where each layer's weights are."""
+        seen.append([layer.weight.device.type for layer in layers])
+
+    meta = torch.device("meta")
+    running.visit_in_turn(meta, layers)
+    for layer in layers:
+        layer.register_forward_pre_hook(places)
+    nn.Sequential(*layers)(torch.zeros(2, 3, device=meta))
+
+    assert seen == [["meta" if i == j else "cpu" for i in range(3)] for j in range(3)]
+    places()
+    assert seen[-1] == ["cpu"] * 3
+    with pytest.raises(RuntimeError):
+        layers[0](torch.zeros(2, 4, device=meta))
+    places()
+    assert seen[-1] == ["cpu"] * 3
+
+
 # --------------------------------------------------------------------------------- the run's folder
 CONFIG = dict(lr=1e-3, steps=5, out="x")
 

@@ -616,20 +616,20 @@ def test_a_prompt_is_encoded_once_an_update(monkeypatch):
         assert calls == [[prompt] for prompt in wanted]
 
 
-@pytest.mark.parametrize("offload", [True, False])
-def test_offloaded_encoders_are_on_the_gpu_once_an_update(pipes, monkeypatch, offload):
-    """They are brought there, encode the prompts of the update, and go back to the CPU."""
-    texts = texts_of(pipes["sdxl"], *["--offload-text"] * offload)
-    encoders = (pipes["sdxl"].text_encoder, pipes["sdxl"].text_encoder_2)
-    moves = [noted(monkeypatch, net, "to") for net in encoders]
+def test_the_encoders_visit_the_gpu_once_an_update(monkeypatch):
+    """The UNet's and the reward's, to encode all of its prompts. tests/test_running.py has visits.
 
-    texts.hold(7, [0, 3, 3, 1])
-    texts.hold(7, [0, 3, 3, 1])
+    A condition that is asked for again is the same.
+    """
+    run = prepare("--fake-steps", 3, "--accum", 2, "--group", 2, "--offload-text")
+    visits = noted(monkeypatch, running, "visit")
 
-    once = [CPU, "cpu"] if offload else [CPU]
-    assert moves == [once, once]
-    texts.hold(8, [0])
-    assert moves == [once + once, once + once]
+    for update in (5, 6):
+        visits.clear()
+        first = [run.batch(3 * update + i, j) for i in range(3) for j in range(2)]
+        again = run.batch(3 * update + 2, 1)
+        assert visits == [CPU, CPU]
+        assert again["text"].equal(first[-1]["text"])
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
@@ -640,9 +640,9 @@ def test_a_condition_does_not_depend_on_its_company(pipes, name):
     """
     texts = texts_of(pipes[name])
 
-    texts.hold(0, [3])
+    texts.hold([3])
     alone = texts(torch.tensor([3, 3]))
-    texts.hold(1, [4, 3, 0, 3])
+    texts.hold([4, 3, 0, 3])
     among = texts(torch.tensor([4, 3, 0, 3]))
 
     assert among["index"].tolist() == [4, 3, 0, 3]
@@ -655,7 +655,7 @@ def test_a_condition_does_not_depend_on_its_company(pipes, name):
 def test_sdxl_is_told_texts_pooled_texts_and_sizes(pipes):
     """The oracle is diffusers' own encoding of the prompts, all at once."""
     texts = texts_of(pipes["sdxl"], "--image-size", 128)
-    texts.hold(0, [1, 2])
+    texts.hold([1, 2])
 
     c = texts(torch.tensor([2, 1]))
 
@@ -670,7 +670,7 @@ def test_sdxl_is_told_texts_pooled_texts_and_sizes(pipes):
 
 def test_sdxls_empty_prompt_is_zeros(pipes):
     texts = texts_of(pipes["sdxl"])
-    texts.hold(0, [1, 2])
+    texts.hold([1, 2])
     c = texts(torch.tensor([2, 1]))
 
     empty = texts.null(c)
@@ -685,7 +685,7 @@ def test_sdxls_empty_prompt_is_zeros(pipes):
 def test_sd15s_empty_prompt_is_encoded(pipes):
     """And it is told of nothing but texts."""
     texts = texts_of(pipes["sd15"])
-    texts.hold(0, [1, 2])
+    texts.hold([1, 2])
     c = texts(torch.tensor([2, 1]))
 
     empty = texts.null(c)
@@ -723,6 +723,7 @@ def rewarded(pipes):
     images = ((vae.decode(x / SCALING).sample + 1) / 2).clamp(0, 1)
 
     reward = sdxl.Reward(arguments(), pipes["sdxl"], PROMPTS, CPU)
+    reward.hold(INDEX)
     scores = reward(x, dict(index=torch.tensor(INDEX)))
     return Rewarded(reward, x, images, scores)
 
@@ -751,6 +752,7 @@ def test_variety_is_how_unlike_samples_of_a_prompt_are(rewarded):
     assert_close(rewarded.reward.variety(), apart.mean())
 
     assert rewarded.reward.variety().isnan()  # of no call
+    rewarded.reward.hold([0, 1, 2, 3])
     rewarded.reward(rewarded.x, dict(index=torch.tensor([0, 1, 2, 3])))
     assert rewarded.reward.variety().isnan()  # of no pair
 
@@ -963,7 +965,7 @@ def drawn_by_diffusers(run, student, monkeypatch):
 def drawn_by_us(run, prompt):
     """The same by a run's own networks, for a prompt of the documentation."""
     run.texts.prompts[0] = prompt
-    run.texts.hold(-2, [0])
+    run.texts.hold([0])
     torch.manual_seed(5)
     x = run.generate(run.texts(torch.tensor([0])), 1.0).x
     return ((run.pipe.vae.decode(x / SCALING).sample[0] + 1) / 2).clamp(0, 1)
