@@ -174,7 +174,7 @@ def visit(device: torch.device, *nets: nn.Module) -> Iterator[None]:
 def visit_in_turn(device: torch.device, layers: Iterable[nn.Module]) -> None:
     """From now on, let each of these frozen layers visit a device whenever it is called.
 
-    So a network that is larger than the device computes on it. Its other layers must be there.
+    So a network that is larger than the device computes on it. Its other layers must visit, too.
     """
     for layer in layers:
         stay = contextlib.ExitStack()
@@ -201,14 +201,18 @@ def autocast(x: Tensor) -> torch.autocast:
 
 
 def shard(
-    net: nn.Module, blocks: Iterable[nn.Module] = (), dtype: torch.dtype | None = torch.bfloat16
+    net: nn.Module,
+    blocks: Iterable[nn.Module] = (),
+    dtype: torch.dtype | None = torch.bfloat16,
+    exact: Iterable[nn.Module] = (),
 ) -> nn.Module:
     """Give all ranks the weights of rank 0, then shard net by FSDP2, block by block -> net.
 
     On one process net stays as it is. It computes in dtype (None: as it is stored) and reduces
-    gradients in float32. Inputs are not cast, because t must not become bf16; so the closure that
-    calls net autocasts. Never toggle requires_grad later (pytorch#186998). A network that is not
-    sharded must begin alike on all ranks.
+    gradients in float32; the modules in exact compute as they are stored. Inputs are not cast,
+    because t must not become bf16; so the closure that calls net autocasts. Never toggle
+    requires_grad later (pytorch#186998). A network that is not sharded must begin alike on all
+    ranks.
     """
     if ranks().size == 1:
         return net
@@ -216,6 +220,9 @@ def shard(
         dist.broadcast(v.data, 0)
     reduce = None if dtype is None else torch.float32
     policy = MixedPrecisionPolicy(dtype, reduce, cast_forward_inputs=False)
+    for module in exact:
+        as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
+        fully_shard(module, mp_policy=as_stored, reshard_after_forward=True)
     for module in [*blocks, net]:
         # The root reshards too, else weights that are read after a no-grad rollout are whole bf16.
         fully_shard(module, mp_policy=policy, reshard_after_forward=True)
@@ -311,6 +318,35 @@ def read_config(out: Path) -> dict:
         raise ValueError(
             f"{path} is of no run ({error!s:.80}): choose the folder of a run"
         ) from None
+
+
+def run_of(student: Path) -> dict:
+    """The config of the run that a student is of: the run's folder, or its `student` and the like.
+
+    It is empty for anyone else's student.
+    """
+    for folder in (student, student.parent):
+        if (folder / "student").exists() and (folder / "config.json").exists():
+            return read_config(folder)
+    return {}
+
+
+def is_unfinished(out: Path) -> bool:
+    """Is out the folder of a run that has no student yet?"""
+    return (out / "checkpoints").exists() and not (out / "student").exists()
+
+
+FREE = (  # flags that may change when a run goes on, since they change nothing that it learns
+    "accum",
+    "checkpointing",
+    "chunk",
+    "compile",
+    "log_every",
+    "offload_text",
+    "out",
+    "sample_every",
+    "save_every",
+)
 
 
 def open_run(out: str | Path, config: dict, resume: bool = False, free: Iterable[str] = ()) -> Path:
@@ -844,6 +880,16 @@ def fill(args: argparse.Namespace, defaults: dict) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+def micro_batches(batch: int, most: int) -> int:
+    """The fewest --accum by which micro-batches of this rank have at most `most` samples.
+
+    What makes no sense, as a batch of 0 or one that the ranks do not divide, scripts refuse later.
+    """
+    of_rank = -(-batch // int(os.environ.get("WORLD_SIZE", 1)))
+    counts = range(1, of_rank + 1)
+    return next((n for n in counts if of_rank % n == 0 and of_rank // n <= most), 1)
 
 
 def positive(args: argparse.Namespace, *names: str) -> None:

@@ -1,7 +1,7 @@
 """AMD on SDXL, text to image in four steps: the paper's Tables 2, 3, 7, 8, 9 and Fig. 9.
 
     torchrun --nproc-per-node 8 sdxl.py                                  # whole UNets, by FSDP2
-    python sdxl.py --lora-rank 64 --adam8bit --offload-text --accum 32   # LoRAs, on one GPU
+    python sdxl.py --lora-rank 64 --adam8bit --offload-text --batch 32   # LoRAs, on one GPU
     python sdxl.py --model sd15                                          # DMD2's one-step SD1.5
     torchrun --nproc-per-node 8 sdxl.py sample --init runs/sdxl --layout hpdv2 --out runs/amd
     python sdxl.py score --samples runs/amd runs/dmd2                    # means, and who wins
@@ -31,7 +31,7 @@ import amd
 import running
 from parts import judges, metrics, rewards, tiny, unet
 from parts.images import open_image, to_square
-from parts.prompts import LAYOUTS, layout, read_prompts
+from parts.prompts import LAYOUTS, digest, layout, read_prompts
 
 torch.set_float32_matmul_precision("high")
 
@@ -144,6 +144,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fill(args: argparse.Namespace) -> argparse.Namespace:
     """Set the flags that were not given, by the model and by each other."""
+    config = running.run_of(args.init) if args.task == "sample" and args.init else {}
+    if args.model is None and not args.dry_run:
+        args.model = config.get("model")
     defaults = SD15 if is_sd15(args.model) else SDXL
     if args.model in ("sdxl", "sd15"):
         running.require(
@@ -152,20 +155,17 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         )
         args.model = None
     defaults = defaults | DRY.get(args.dry_run, {})
-    if args.task == "sample" and args.init and (args.init / "student").exists():
-        config = running.read_config(args.init)
-        defaults |= {k: config[k] for k in ("student_steps", "image_size") if k in config}
+    defaults |= {k: config[k] for k in ("student_steps", "image_size") if k in config}
     running.fill(args, {k: v for k, v in defaults.items() if k not in ("lr", "lam_dmd2")})
     lam = dict(dmd2=defaults["lam_dmd2"], dmdr=DMDR_LAM).get(args.method, 0.0)
     lr = LORA_LR if args.lora_rank else defaults["lr"]
     running.fill(args, dict(lam=lam, lr=lr))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     name = "samples" if args.task == "sample" else args.dry_run or "sdxl"
     return running.fill(
         args,
         dict(
             fake_lr=LORA_FAKE_LR if args.lora_rank else args.lr,
-            accum=-(-args.batch // (8 * world)),
+            accum=running.micro_batches(args.batch, most=8),
             out=Path("runs", name),
         ),
     )
@@ -173,10 +173,9 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
 
 def is_sd15(model: str | None) -> bool:
     """Is --model Stable Diffusion 1.5, by its name or by its folder's index?"""
-    index = Path(model or "") / "model_index.json"
+    index = Path(model or "nowhere") / "model_index.json"
     if index.exists():
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        return kind == "StableDiffusionPipeline"
+        return '"StableDiffusionPipeline"' in index.read_text(encoding="utf-8")
     return model in ("sd15", SD15["model"])
 
 
@@ -185,7 +184,13 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, **dtypes: torc
     """diffusers' pipeline of --model, frozen; or, for a dry run, one with random weights."""
     torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     if args.model:
-        return unet.load_pipeline(args.model, device, **dtypes)
+        pipe = unet.load_pipeline(args.model, device, **dtypes)
+        running.require(
+            is_sd15(args.model) == (type(pipe).__name__ == "StableDiffusionPipeline"),
+            f"{args.model} is a Stable Diffusion 1.5, whose recipe is another: download it, and"
+            " give its folder",
+        )
+        return pipe
     with device, running.default_dtype(dtypes["default"]):
         pipe = tiny.sdxl_pipeline(args.dry_run)
     return unet.frozen(pipe, "--dry-run", device, **dtypes)
@@ -240,8 +245,11 @@ def networks(
                 unet.add_gan_head(net, side)
         nets[name] = net if lora else placed(args, net, device)
     if args.method in ("dmdr", "magic"):
-        blended = running.share(nets["fake"]) if lora else copy.deepcopy(base)
-        nets["blended"] = blended if lora else placed(args, blended, device)
+        if lora:
+            nets["blended"] = running.share(nets["fake"])
+        else:
+            blended = copy.deepcopy(base).to(running.half(device))
+            nets["blended"] = placed(args, blended, device)
     nets["real"] = base if lora else placed(args, base.to(running.half(device)), device)
     if lora and args.compile:
         for name in nets.keys() - {"blended"}:  # its LoRA's scale changes in each update
@@ -255,7 +263,8 @@ def placed(args: argparse.Namespace, net: nn.Module, device: torch.device) -> nn
     if args.compile:
         compile_blocks(net)
     blocks = unet.blocks_of(net, "Transformer2DModel", "ResnetBlock2D")
-    running.shard(net, blocks, running.half(device))
+    exact = [net.head] if hasattr(net, "head") else []
+    running.shard(net, blocks, running.half(device), exact)
     if hasattr(net, "logits") and running.ranks().size > 1:
         torch.distributed.fsdp.register_fsdp_forward_method(net, "logits")
     return net
@@ -342,7 +351,7 @@ class Reward:
     """HPSv2 of latents and held prompts (B,), with a gradient if the latents have one (dmdr).
 
     `variety` is what the reward does not see: the mean distance of neighbouring samples of a
-    prompt, of the calls since it was last asked, or NaN.
+    prompt, also of two calls, since it was last asked; or NaN.
     """
 
     def __init__(self, args: argparse.Namespace, pipe, prompts: list[str], device: torch.device):
@@ -353,33 +362,41 @@ class Reward:
             for net in self.hps.text_nets:
                 net.to("cpu")
         self.texts = {}
-        vae = load_vae(args.reward_vae, device) if args.reward_vae else pipe.vae
+        vae = load_vae(args.reward_vae, pipe.vae, device) if args.reward_vae else pipe.vae
         self.decode = decoder(vae)
         self.apart = []
+        self.last = None
 
     def hold(self, indices: list[int]) -> None:
         """Encode the prompts that it will be asked about, and forget those before."""
         held = sorted(set(indices))
+        prompts = [self.prompts[i] for i in held]
         with torch.no_grad(), running.visit(self.device, *self.hps.text_nets):
-            texts = self.hps.text([self.prompts[i] for i in held])
-        self.texts = dict(zip(held, texts, strict=True))
+            parts = [self.hps.text(prompts[i : i + 64]) for i in range(0, len(held), 64)]
+        self.texts = dict(zip(held, torch.cat(parts), strict=True))
 
     def view(self, x: Tensor) -> Tensor:
         """Latents -> images as HPSv2 sees them."""
         return rewards.square(((self.decode(x) + 1) / 2).clamp(0, 1))
 
     def __call__(self, x: Tensor, c: dict[str, Tensor]) -> Tensor:
-        images = rewards.by_parts(self.view, 1, x)
-        index = c["index"]
-        alike = index[1:] == index[:-1]
-        apart = (images[1:] - images[:-1]).detach().abs().mean((1, 2, 3))
-        self.apart.append(apart[alike])
-
+        images, index = rewards.by_parts(self.view, 1, x), c["index"]
+        self.compare(images.detach(), index)
         texts = torch.stack([self.texts[i] for i in index.tolist()])
         return self.hps(images, texts)
 
+    def compare(self, images: Tensor, index: Tensor) -> None:
+        """Note how far apart neighbours of a prompt are; the last call's last image is one."""
+        if self.last:
+            before, its_index = self.last
+            images, index = torch.cat([before, images]), torch.cat([its_index, index])
+        alike = index[1:] == index[:-1]
+        apart = (images[1:] - images[:-1]).abs().mean((1, 2, 3))
+        self.apart.append(apart[alike])
+        self.last = (images[-1:], index[-1:])
+
     def variety(self) -> Tensor:
-        seen, self.apart = self.apart, []
+        seen, self.apart, self.last = self.apart, [], None
         return torch.cat(seen).mean() if seen else torch.tensor(float("nan"))
 
 
@@ -387,15 +404,24 @@ def load_hps(args: argparse.Namespace, device: torch.device) -> rewards.HPSv2:
     """HPSv2.1; of random weights for a dry run."""
     if not args.dry_run:
         return rewards.load_hpsv2(device, args.hps)
+    torch.manual_seed(0)  # the same judge in all processes
     with device, running.default_dtype(running.half(device)):
         return tiny.hpsv2(args.dry_run)
 
 
-def load_vae(name: str, device: torch.device) -> nn.Module:
-    """A VAE or a tiny one for the reward, in half precision on a GPU."""
+def load_vae(name: str, own: nn.Module, device: torch.device) -> nn.Module:
+    """A VAE or a tiny one for the reward, in half precision on a GPU, of the same latents as own.
+
+    ValueError: it is neither, or latents are of another scale.
+    """
     import diffusers
 
-    kind = diffusers.AutoencoderKL.load_config(name)["_class_name"]
+    config = diffusers.AutoencoderKL.load_config(name)
+    kind, scale = config.get("_class_name"), config.get("scaling_factor", 0.18215)
+    running.require(
+        kind == "AutoencoderTiny" or (kind, scale) == ("AutoencoderKL", own.config.scaling_factor),
+        f"--reward-vae {name} is a {kind} of scale {scale}: give a VAE of --model's latents",
+    )
     vae = getattr(diffusers, kind).from_pretrained(name, dtype=running.half(device))
     return vae.to(device).eval().requires_grad_(False)
 
@@ -414,6 +440,11 @@ def real_images(
         return mode.float() * pipe.vae.config.scaling_factor
 
     return lambda c: torch.cat([latent(i) for i in c["index"].tolist()])
+
+
+def rows_of(args: argparse.Namespace) -> list[dict]:
+    """The rows of --prompts, or of --real-data, whose texts are the prompts."""
+    return read_prompts(args.real_data / "metadata.jsonl" if args.real_data else args.prompts)
 
 
 # ------------------------------------------------------------------------------ what training needs
@@ -458,7 +489,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     schedule = amd.vp(betas.alphas_cumprod)
     side = pixels(args, pipe) // pipe.vae_scale_factor
     levels = [i / 1000 for i in timesteps(args)]
-    rows = read_prompts(args.real_data / "metadata.jsonl" if args.real_data else args.prompts)
+    rows = rows_of(args)
     prompts = [row["prompt"] for row in rows]
 
     nets = networks(args, pipe.unet, side, device)
@@ -473,7 +504,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     def drawn(n, j):
         """A prompt for each group of iteration n -> those of this rank and micro-batch."""
         groups = args.batch // args.group
-        index = torch.randint(len(prompts), (groups,), generator=running.seeded(args.seed, n))
+        index = torch.randint(len(prompts), (groups,), generator=running.seeded(args.seed, n, 0))
         index = index.repeat_interleave(args.group).view(ranks.size * args.accum, -1)
         return index[ranks.rank * args.accum + j]
 
@@ -501,10 +532,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         import bitsandbytes
 
         adam = bitsandbytes.optim.AdamW8bit
-    opt_student, opt_fake = (
-        adam([p for p in nets[name].parameters() if p.requires_grad], lr, weight_decay=0.01)
-        for name, lr in (("student", args.lr), ("fake", args.fake_lr))
-    )
+    opt_student = adam(param_groups(args, nets["student"], args.lr), weight_decay=0.01)
+    opt_fake = adam(param_groups(args, nets["fake"], args.fake_lr), weight_decay=0.01)
     train = partial(
         amd.train,
         method_of(args),
@@ -546,6 +575,20 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     )
 
 
+def param_groups(args: argparse.Namespace, net: nn.Module, lr: float) -> list[dict]:
+    """The parameters that are trained, with their learning rates, as optimizers want them.
+
+    Beside LoRAs a fake has whole layers, for exits and dmd2's head. DMD2's rate is made for these.
+    """
+    loras = [p for name, p in net.named_parameters() if p.requires_grad and "lora_" in name]
+    whole = [p for name, p in net.named_parameters() if p.requires_grad and "lora_" not in name]
+    groups = [
+        dict(params=loras, lr=lr),
+        dict(params=whole, lr=min(lr, LORA_LR) if args.lora_rank else lr),
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def method_of(args: argparse.Namespace) -> amd.Method:
     """The row of Table 1; an adapted teacher is back at the real one after half of the updates."""
     return amd.method(
@@ -560,11 +603,14 @@ def method_of(args: argparse.Namespace) -> amd.Method:
 
 # -------------------------------------------------------------------------------------------- train
 def open_run(args: argparse.Namespace) -> Path:
-    """OUT with its config.json. A run may move, and go on to other --steps, ranks and chunks."""
-    free = ["accum", "chunk", "out"]
+    """OUT with its config.json. Until it has ended a run may go on to other --steps."""
+    free = [*running.FREE]
     if not (args.out / "student").exists():
         free.append("steps")
-    return running.open_run(args.out, dict(vars(args), resume=None), args.resume, free)
+    config = dict(vars(args), resume=None)
+    if args.task == "train":
+        config["prompts_are"] = digest(rows_of(args))  # the file may be another one by now
+    return running.open_run(args.out, config, args.resume, free)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -575,11 +621,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return  # it is done
     run, steps = prepare(args, device), args.steps
     if args.init:
-        found = running.load(args.init, **run.parts)
-        running.require(found, f"{args.init} holds no checkpoint: choose the folder of a run")
+        running.load(args.init, **run.parts)
     out = open_run(args)
     (out / "samples").mkdir(exist_ok=True)
     start = running.load(out, **run.parts)
+    running.require(start <= steps, f"{out} has {start} updates: give --steps of that or more")
     log = running.Log(out, args.batch, start)
     bar = running.progress(total=steps, initial=start, desc=out.name)
     for row in islice(run.train(start=start), steps - start):
@@ -641,7 +687,7 @@ def export(args: argparse.Namespace, run: Run, path: Path) -> None:
         else:
             plain = type(net).from_config(net.config)
             plain.load_state_dict(state)
-            plain.save_pretrained(beside)
+            plain.save_pretrained(beside, max_shard_size="100GB")  # one file, as ComfyUI wants
     except Exception as error:
         raise OSError(f"{beside} unwritable ({error!s:.99}): make room, then --resume") from None
     shutil.rmtree(path, ignore_errors=True)  # of an attempt that found no room for its twin
@@ -677,8 +723,8 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     out = open_run(args)
     keep_prompts(out, rows)
 
-    missing = [row for row in rows if not (out / "images" / row["file"]).exists()]
-    mine = missing[ranks.rank :: ranks.size]
+    mine = rows[ranks.rank :: ranks.size]
+    mine = [row for row in mine if not (out / "images" / row["file"]).exists()]
     chunks = [mine[i : i + args.chunk] for i in range(0, len(mine), args.chunk)]
     for part in running.progress(chunks, desc="images"):
         seeds = [amd.key(args.seed, row["file"]) for row in part]
@@ -744,9 +790,14 @@ def score(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """What the images of a folder are of."""
+    """What the images of a folder are of, as `sample` wrote it."""
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    rows = [json.loads(line) for line in lines if line]
+    running.require(
+        rows and all(isinstance(row, dict) and {"file", "of"} <= row.keys() for row in rows),
+        f"{folder}/prompts.jsonl is not of `sample`: choose its --out",
+    )
+    return rows
 
 
 def judge_of(args: argparse.Namespace, name: str, device: torch.device) -> Callable:
@@ -826,7 +877,9 @@ def check(args: argparse.Namespace) -> None:
     running.positive(args, *counts, *intervals, "w", "lr", "fake_lr")
     running.require(0 <= args.ema < 1, f"--ema {args.ema}: choose it in [0, 1)")
     running.require(args.lora_rank >= 0, "--lora-rank: choose 0 or more")
-    running.require((args.image_size or 64) % 64 == 0, "--image-size: choose a multiple of 64")
+    size = 64 if args.image_size is None else args.image_size
+    running.require(size > 0 and size % 64 == 0, "--image-size: choose a multiple of 64")
+    running.require(not args.out.is_file(), f"--out {args.out} is a file: choose a folder")
     for path in (args.init, args.hps):
         running.require(path is None or path.exists(), f"{path}: there is no such file or folder")
     {"train": check_train, "sample": check_sample, "score": check_score}[args.task](args)
@@ -847,24 +900,41 @@ def check_train(args: argparse.Namespace) -> None:
     running.require(
         args.batch % parts == 0, f"--batch {args.batch} of {parts} ranks x --accum: take a multiple"
     )
+    running.require(
+        args.batch % args.group == 0, f"--batch {args.batch}: take a multiple of --group"
+    )
+    running.require(
+        not (args.real_data and args.prompts), "--real-data has the prompts: leave --prompts out"
+    )
     method = amd.method(args.method, s=args.s, tau=args.tau, lam=args.lam)
     if args.group > 1 or method.senses:
         amd.group_advantage(torch.zeros(args.batch), args.group)
     if args.real_data:
         for row in read_prompts(args.real_data / "metadata.jsonl"):
-            path = args.real_data / row.get("file_name", "no file_name")
-            running.require(path.exists(), f"{path}: there is no such file")
-    else:
-        read_prompts(args.prompts)
+            path = args.real_data / str(row.get("file_name", "no file_name"))
+            running.require(path.is_file(), f"{path}: there is no such file")
+    rows_of(args)
+    running.require(
+        args.init is None or running.checkpoints(args.init),
+        f"{args.init} holds no checkpoint: choose the folder of a run",
+    )
 
 
 def check_sample(args: argparse.Namespace) -> None:
     running.require(args.init, "give --init: a run, a UNet's folder or a LoRA")
+    running.require(
+        not running.is_unfinished(args.init),
+        f"{args.init} has no student before its run has ended: finish it",
+    )
     layout(args.layout, args.prompts)
 
 
 def check_score(args: argparse.Namespace) -> None:
     running.require(len(args.samples or ()) in (1, 2), "give --samples, a folder or two")
+    running.require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "score is for one process")
+    for folder in args.samples:
+        there = (folder / "prompts.jsonl").exists()
+        running.require(there, f"{folder} holds no images of `sample`: choose its --out")
 
 
 def main(args: argparse.Namespace) -> None:

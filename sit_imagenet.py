@@ -235,7 +235,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     def batch(n, j):
         """A class for each group of the update -> those of this rank and micro-batch."""
         groups = args.batch // args.group
-        y = torch.randint(real.classes, (groups,), generator=running.seeded(args.seed, n))
+        y = torch.randint(real.classes, (groups,), generator=running.seeded(args.seed, n, 0))
         y = y.repeat_interleave(args.group).view(ranks.size * args.accum, -1)
         return y[ranks.rank * args.accum + j].to(device, non_blocking=True)
 
@@ -326,6 +326,7 @@ def train_stage(args: argparse.Namespace, stage: Stage, device: torch.device) ->
     for name in ("student", "samples"):
         (out / name).mkdir(exist_ok=True)
     start = running.load(out, **run.parts)
+    running.require(start <= steps, f"{out} has {start} updates: give it that many or more")
     if start == 0 and stage.base:
         found = running.load(stage.base, **run.parts)
         running.require(found, f"{stage.base} has no checkpoints: choose the folder of a run")
@@ -352,7 +353,7 @@ def train_stage(args: argparse.Namespace, stage: Stage, device: torch.device) ->
 
 def open_run(args: argparse.Namespace, out: Path) -> Path:
     """The folder of a run, new or resumed; it may have been moved."""
-    return running.open_run(out, dict(vars(args), resume=None), args.resume, free=["out"])
+    return running.open_run(out, dict(vars(args), resume=None), args.resume, running.FREE)
 
 
 def refuse_used(args: argparse.Namespace, out: Path) -> None:

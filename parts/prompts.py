@@ -7,12 +7,17 @@
     rows[5]["file"]  # "00001/samples/0001.png"
     rows[5]["of"]["prompt"]  # the prompt to draw there
 
-Both say in one line what is wrong with a file, and where in it.
+    rows = video_layout("vbench", Path("all_dimension_extended.txt"), 5, Path("all_dimension.txt"))
+    rows[0]["file"]  # "In a still frame, a stop sign-0.mp4"
+
+They say in one line what is wrong with a file, and where in it.
 """
 
 import csv
+import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +35,17 @@ OURS = [
     for place in ("in snow", "at dawn", "in the rain")
 ]
 
+OUR_VIDEOS = [
+    f"{subject} {place}"
+    for subject in ("A red fox runs", "An old sailor walks", "A paper boat drifts")
+    for place in (
+        "through falling snow",
+        "along a harbour at dawn",
+        "down a street in the rain",
+        "past a train that arrives",
+    )
+]
+
 LAYOUTS = {  # a prompt's number i, the number k of its sample, the style of its file
     "flat": "{i:06}.png",
     "coco": "{i:06}.png",
@@ -39,6 +55,17 @@ LAYOUTS = {  # a prompt's number i, the number k of its sample, the style of its
 }
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2, a file each
 BENCHMARK = Path("benchmark")  # the folder of these files, as HPDv2 names it
+
+VIDEO_LAYOUTS = {  # a prompt's number i and name, the number k of its sample
+    "flat": "{i:06}.mp4",
+    "vbench": "{name}-{k}.mp4",
+    "vbench_i2v": "{name}-{k}.mp4",
+    "videogen_eval": "{i:04}-{k}.mp4",
+    "ta_hard": "{i:04}-{k}.mp4",
+}
+LONGEST_VIDEO_PROMPT = 5000  # characters, of which Wan's text encoder reads 512 tokens
+LONGEST_NAME = 240  # bytes: file systems have 255, and a number and .mp4 follow
+IMAGE_KEYS = ("image", "image_name")  # of a row of image to video; VBench-I2V has the second
 
 
 # ------------------------------------------------------------------------------------- prompt files
@@ -60,7 +87,7 @@ def read_prompts(path: Path | None, longest: int = 2000) -> list[Row]:
     """
     if path is None:
         return [dict(prompt=prompt) for prompt in OURS]
-    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".json": json_rows}
+    readers = {".csv": csv_rows, ".tsv": csv_rows, ".jsonl": jsonl_rows, ".json": json_rows}
     read = readers.get(path.suffix.lower(), text_rows)
     try:
         text = decode(path.read_bytes())
@@ -69,6 +96,12 @@ def read_prompts(path: Path | None, longest: int = 2000) -> list[Row]:
         raise ValueError(f"{path}, {error}") from error
     running.require(rows, f"{path} has no prompt: give one or more")
     return rows
+
+
+def digest(rows: list[Row]) -> str:
+    """A short text that tells lists of prompts apart."""
+    prompts = json.dumps([row["prompt"] for row in rows])
+    return hashlib.sha256(prompts.encode()).hexdigest()[:16]
 
 
 def decode(data: bytes) -> str:
@@ -125,9 +158,12 @@ def csv_rows(text: str) -> Found:
 
     A row may have fewer fields than the header, and lacks the last names then. One with more is
     refused, for its prompt would be cut at a comma. strict refuses quotes that do not close, which
-    would take all rows behind them for one prompt.
+    would take all rows behind them for one prompt. Excel separates fields by semicolons where the
+    comma is the decimal point, and others by tabs: what the header has is read, commas first.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first, *_ = text.lstrip().split("\n", 1)
+    mark = next((mark for mark in ",\t;" if mark in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     header = None
     number = 1  # of a row's first line; quoted fields may go over several
     try:
@@ -143,7 +179,7 @@ def csv_rows(text: str) -> Found:
             running.require(
                 len(fields) <= len(header),
                 f"{where} has {len(fields)} fields, and the header {len(header)}:"
-                " put double quotes about a prompt with commas",
+                f" put double quotes about a prompt that has {mark!r} in it",
             )
             yield where, dict(zip(header, fields, strict=False))
     except csv.Error as error:
@@ -195,6 +231,41 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
+# ------------------------------------------------------------------------------- prompts of videos
+def read_video_prompts(path: Path | None, images: Path | None = None) -> list[Row]:
+    """The rows of a file of prompts for videos; OUR_VIDEOS if path is None. See read_prompts.
+
+    A prompt may be long, up to LONGEST_VIDEO_PROMPT. A row of image to video has one of IMAGE_KEYS,
+    a path beside the prompt file, or in the folder images, if that is given; its `image` is then
+    the Path of the image. ValueError: as read_prompts, or an image is missing, or some rows have
+    one and some have none.
+    """
+    if path is None:
+        return [dict(prompt=prompt) for prompt in OUR_VIDEOS]
+    rows = read_prompts(path, LONGEST_VIDEO_PROMPT)
+    return with_images(rows, path, images or path.parent)
+
+
+def with_images(rows: list[Row], path: Path, folder: Path) -> list[Row]:
+    """Rows of the file path, whose images are named as in folder -> rows with the images' Paths."""
+    found = []
+    for i, row in enumerate(rows, 1):
+        named = [row[key] for key in IMAGE_KEYS if row.get(key)]
+        if not named:
+            continue
+        image = folder / str(named[0])
+        running.require(
+            image.is_file(),
+            f"{path}, prompt {i}: there is no image {image}: give the folder of the images",
+        )
+        found.append(row | dict(image=image))
+    running.require(
+        len(found) in (0, len(rows)),
+        f"{path}: {len(found)} of its {len(rows)} prompts have an image: give one to all, or none",
+    )
+    return found or rows
+
+
 # --------------------------------------------------------------------------------------- benchmarks
 def layout(name: str, prompts: Path | None = None) -> list[Row]:
     """The images that a benchmark wants -> rows {"file": its path, "of": its prompt's row}.
@@ -238,3 +309,79 @@ def images_of(pattern: str, rows: list[Row], count: int = 1, style: str = "") ->
         for k in range(count):
             images.append(dict(file=pattern.format(i=i, k=k, style=style), of=row))
     return images
+
+
+def video_layout(
+    name: str,
+    prompts: Path | None,
+    seeds: int,
+    names: Path | None = None,
+    images: Path | None = None,
+) -> list[Row]:
+    """The videos that a benchmark wants -> rows {"file": its path, "of": its prompt's row}.
+
+    name is one of VIDEO_LAYOUTS, prompts a file of prompts, and seeds the videos of each, beside
+    each other. VBench finds a video by its official prompt, which is short, whatever longer one it
+    was made from. It is looked for in the row's `prompt_shorter`, or in the same line of the file
+    names, as all_dimension.txt is for all_dimension_extended.txt; else it is the prompt itself. Of
+    videos with one file the first counts, for VBench has some prompts twice. images is the folder
+    of the images, as in read_video_prompts.
+
+    ValueError: as read_video_prompts, or names has another number of lines, or the layout has no
+    names in its files, or no file can have such a name.
+    """
+    pattern = VIDEO_LAYOUTS[name]
+    rows = read_video_prompts(prompts, images)
+    if "{name}" in pattern:
+        titles = names_of(rows, prompts, names)
+    else:
+        running.require(names is None, f"--layout {name} has numbers for names: leave {names} out")
+        titles = [""] * len(rows)
+    videos = {}
+    for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        for k in range(seeds):
+            file = pattern.format(i=i, k=k, name=title)
+            videos.setdefault(file, dict(file=file, of=row))
+    return [*videos.values()]
+
+
+def names_of(rows: list[Row], prompts: Path | None, names: Path | None) -> list[str]:
+    """The short forms of prompts, by which their files are named, and which files can have."""
+    if names is not None:
+        titles = [row["prompt"] for row in read_prompts(names, LONGEST_VIDEO_PROMPT)]
+        running.require(
+            len(titles) == len(rows),
+            f"{names} has {len(titles)} names, and {prompts or 'our list'} {len(rows)} prompts:"
+            " give one name a prompt, in the same order",
+        )
+    else:
+        titles = [short_form(row) for row in rows]
+    for i, title in enumerate(titles, 1):
+        running.require(
+            not re.search(r"[/\0\n]", title) and len(title.encode()) <= LONGEST_NAME,
+            f"{names or prompts or 'our list'}, prompt {i}: no file can be named"
+            f" {title[:60]!r}: give a short form of it as prompt_shorter",
+        )
+    return titles
+
+
+def short_form(row: Row) -> str:
+    """A row's official, short prompt, or its prompt where it has none."""
+    short = str(row.get("prompt_shorter") or "")
+    return short if short.strip() else row["prompt"]
+
+
+def videos_csv(rows: list[Row], folder: str = "videos") -> str:
+    """The rows of video_layout, whose files lie in folder -> the csv that VideoAlign reads.
+
+    It has path and prompt of each video, with quotes about them. A video of several prompts has
+    them in a row. Lines of a prompt become one, for the csv has a video a line.
+    """
+    text = io.StringIO()
+    text.write("path,prompt\n")
+    table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    for row in rows:
+        prompts = row["of"].get("prompts", [row["of"]["prompt"]])
+        prompt = re.sub(r"[\r\n]+", " ", " ".join(prompts))
+        table.writerow([f"{folder}/{row['file']}", prompt])
+    return text.getvalue()

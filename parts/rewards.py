@@ -189,8 +189,9 @@ def square(images: Tensor, size: int = 224) -> Tensor:
         images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
     top, left = (size - height) // 2, (size - width) // 2
     images = F.pad(images, (left, size - width - left, top, size - height - top))
-    mean, std = images.new_tensor([CLIP_MEAN, CLIP_STD])[..., None, None]
-    return (images - mean) / std
+    channels = zip(images.unbind(1), CLIP_MEAN, CLIP_STD, strict=True)
+    # by numbers: tensors of them would be copied to the GPU in each call
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 def load_hpsv2(device: torch.device, file: Path | None = None) -> HPSv2:

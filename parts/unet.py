@@ -34,6 +34,7 @@ LORA_TARGETS = [  # DMD2's
     "upsamplers.0.conv",
 ]
 LORA_ALPHA = 8  # DMD2's
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
 EXIT_DIM = 256  # numbers in the code of an exit
 
 
@@ -48,7 +49,9 @@ def load_pipeline(model: str, device: torch.device, **dtypes: torch.dtype):
     import diffusers
 
     folder = Path(model)
-    index = diffusers.DiffusionPipeline.load_config(model)
+    index = index_of(model)
+    kind = index.get("_class_name")
+    running.require(kind in PIPELINES, f"{model} is a {kind}: give one of {', '.join(PIPELINES)}")
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         running.require(
             part in index and (not folder.is_dir() or (folder / part).is_dir()),
@@ -59,6 +62,22 @@ def load_pipeline(model: str, device: torch.device, **dtypes: torch.dtype):
         model, dtype=dtypes, variant=variant, safety_checker=None
     )
     return frozen(pipe, model, device, **dtypes)
+
+
+def index_of(model: str) -> dict:
+    """A pipeline's index, of a folder or of the hub. ValueError: there is none to be had."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(model)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{model} is no folder of a pipeline and not in the hub's cache, and could not be"
+            f" downloaded: check its name and your connection ({reason:.100})"
+        ) from None
+    running.require(isinstance(index, dict), f"{model} has no index: give a whole folder")
+    return index
 
 
 def frozen(pipe, model: str, device: torch.device, **dtypes: torch.dtype):
@@ -79,6 +98,8 @@ def frozen(pipe, model: str, device: torch.device, **dtypes: torch.dtype):
         "EDM" not in scheduler and not pipe.vae.config.get("latents_mean"),
         f"{model} is of another family ({scheduler}): choose SDXL or Stable Diffusion 1.5",
     )
+    channels = pipe.unet.config.in_channels
+    running.require(channels == 4, f"{model} takes {channels} channels: choose text to image")
     for name, net in pipe.components.items():
         if isinstance(net, nn.Module):
             net.to(device, dtypes.get(name, dtypes["default"])).eval().requires_grad_(False)
@@ -89,7 +110,7 @@ def frozen(pipe, model: str, device: torch.device, **dtypes: torch.dtype):
 def variant_of(folder: Path) -> str | None:
     """diffusers' variant of a network's files: "fp16" where there are no others."""
     names = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
-    return None if any(".fp16" not in name for name in names) else "fp16"
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 # --------------------------------------------------------------------------- LoRAs, exits, GAN head

@@ -3,6 +3,8 @@
 Each file is written byte by byte, as people's editors and programs write it.
 """
 
+import csv
+import io
 import json
 import re
 
@@ -90,6 +92,30 @@ def test_a_row_keeps_what_else_it_has(tmp_path, key, suffix):
     }
     rows = read(tmp_path / f"p{suffix}", content[suffix])
     assert rows == [dict(prompt="a fox, a hen", file_name="0.png")] * 2
+
+
+EXCEL = ["prompt", "prompt_shorter"], ['a red; "old" fox, deep snow', "fox"], ["an owl", ""]
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_csv_is_read_as_excel_saves_it_again(tmp_path, mark, quoting):
+    """It separates fields by semicolons where the comma is the decimal point."""
+    text = io.StringIO()
+    csv.writer(text, delimiter=mark, quoting=quoting, lineterminator="\r\n").writerows(EXCEL)
+    assert read(tmp_path / "p.csv", b"\xef\xbb\xbf" + text.getvalue().encode()) == [
+        dict(prompt='a red; "old" fox, deep snow', prompt_shorter="fox"),
+        dict(prompt="an owl", prompt_shorter=""),
+    ]
+
+
+def test_semicolons_separate_only_where_the_header_has_them(tmp_path):
+    """Prompts may have both, and a header of one name tells nothing of either."""
+    content = "\nprompt\na fox; deep snow\n"
+    assert texts(read(tmp_path / "p.csv", content)) == ["a fox; deep snow"]
+    content = "id,prompt; long\n7,a fox\n"
+    with pytest.raises(ValueError, match="has no prompt, caption or text: it has id, prompt; long"):
+        read(tmp_path / "p.csv", content)
 
 
 def test_a_prompt_comes_before_a_caption_and_a_caption_before_a_text(tmp_path):
@@ -190,6 +216,7 @@ BROKEN_QUOTES = 'prompt\na fox\n"an owl\na hen\n'
         ("p.csv", 'prompt\n"a\nb"\na hen, film grain\n', "line 4 has 2 fields, and the header 1"),
         ("p.csv", 'prompt\n"a\nb",c\n', "line 2 has 2 fields, and the header 1"),
         ("p.csv", "prompt,id\na fox,1\n,2\n", "line 3: its prompt has 0 characters"),
+        ("p.csv", "prompt;id\na fox; a hen;1\n", "a prompt that has ';' in it"),
         ("p.csv", BROKEN_QUOTES, "line 3 is no csv"),
         ("p.csv", 'prompt\n"open" sign\n', "line 2 is no csv"),
     ],
@@ -306,3 +333,212 @@ def test_hpdv2_says_which_style_is_missing(tmp_path):
         prompts.layout("hpdv2", tmp_path / "benchmark")
     with pytest.raises(ValueError, match=r"anime.json lacks anime.json, concept-art.json"):
         prompts.layout("hpdv2", tmp_path / "benchmark/anime.json")
+
+
+# ------------------------------------------------------------------------------- prompts of videos
+def write(path, content):
+    """A file of this text, or of a dict a line -> its path."""
+    if not isinstance(content, str):
+        content = "".join(f"{json.dumps(row)}\n" for row in content)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_without_a_file_the_prompts_of_videos_are_ours():
+    """They are of what moves."""
+    rows = prompts.read_video_prompts(None)
+    assert texts(rows) == prompts.OUR_VIDEOS
+    assert len({*prompts.OUR_VIDEOS}) == 12
+    assert prompts.OUR_VIDEOS[0] == "A red fox runs through falling snow"
+
+
+def test_prompts_of_videos_may_be_longer_and_change(tmp_path):
+    """Wan's extended ones have some hundred words; a list is of a stream, as LongLive's."""
+    path = write(tmp_path / "p.jsonl", [dict(prompts=["y" * 5000, "b"]), dict(text="c")])
+    assert prompts.read_video_prompts(path) == [
+        dict(prompt="y" * 5000, prompts=["y" * 5000, "b"]),
+        dict(prompt="c"),
+    ]
+    with pytest.raises(ValueError, match="line 1: its prompt has 5,001 characters: give 1 to"):
+        prompts.read_video_prompts(write(tmp_path / "p.jsonl", [dict(prompt="y" * 5001)]))
+
+
+@pytest.mark.parametrize("key", ["image", "image_name"])
+@pytest.mark.parametrize("folder", ["", "crop/16-9"])
+def test_images_are_beside_the_prompts_or_in_a_folder_of_their_own(tmp_path, key, folder):
+    """VBench-I2V's json has the names of its images, which lie in a folder for each ratio."""
+    images = tmp_path / folder
+    images.mkdir(parents=True, exist_ok=True)
+    for name in ("a fox, red.jpg", "b.png"):
+        (images / name).touch()
+    rows = [{"prompt_en": "fox", key: "a fox, red.jpg"}, {"prompt_en": "owl", key: "b.png"}]
+    path = write(tmp_path / "vbench2_i2v_full_info.json", json.dumps(rows))
+
+    found = prompts.read_video_prompts(path, images=images if folder else None)
+
+    assert [(row["prompt"], row["image"]) for row in found] == [
+        ("fox", images / "a fox, red.jpg"),
+        ("owl", images / "b.png"),
+    ]
+
+
+def test_a_missing_image_is_named(tmp_path):
+    (tmp_path / "a.png").touch()
+    rows = [dict(prompt="a", image="a.png"), dict(prompt="b", image="b.png")]
+    path = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"p.jsonl, prompt 2: there is no image .*/b.png: give the"
+    ):
+        prompts.read_video_prompts(path)
+
+
+@pytest.mark.parametrize("none", [{}, dict(image=""), dict(image=None)])
+def test_all_prompts_have_an_image_or_none(tmp_path, none):
+    """A model is of text to video or of image to video. An empty field of a csv is no image."""
+    (tmp_path / "a.png").touch()
+    row, other = dict(prompt="a", image="a.png"), dict(prompt="b") | none
+    with pytest.raises(ValueError, match="2 of its 3 prompts have an image: give one to all"):
+        prompts.read_video_prompts(write(tmp_path / "p.jsonl", [row, other, row]))
+    path = write(tmp_path / "p.jsonl", [other, other])
+    assert prompts.read_video_prompts(path) == [other, other]
+
+
+# ------------------------------------------------------------------------------- layouts of videos
+SHORT = 'prompt,prompt_shorter\n"A long, ""red"" fox",fox\nAn owl,owl\nA hen,\nA cow," "\n'
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("flat", ["000000.mp4", "000001.mp4", "000002.mp4", "000003.mp4"]),
+        ("vbench", ["fox-0.mp4", "owl-0.mp4", "A hen-0.mp4", "A cow-0.mp4"]),
+        ("vbench_i2v", ["fox-0.mp4", "owl-0.mp4", "A hen-0.mp4", "A cow-0.mp4"]),
+        ("videogen_eval", ["0000-0.mp4", "0001-0.mp4", "0002-0.mp4", "0003-0.mp4"]),
+        ("ta_hard", ["0000-0.mp4", "0001-0.mp4", "0002-0.mp4", "0003-0.mp4"]),
+    ],
+)
+def test_a_video_has_the_name_that_its_benchmark_looks_for(tmp_path, name, wanted):
+    """VBench's are official, short prompts, and the prompt itself where a row has none."""
+    path = write(tmp_path / "p.csv", SHORT)
+
+    rows = prompts.video_layout(name, path, 1)
+
+    assert files(rows) == wanted
+    assert [row["of"] for row in rows] == prompts.read_prompts(path)
+
+
+def test_a_prompt_has_a_video_for_each_seed(tmp_path):
+    path = write(tmp_path / "p.csv", SHORT)
+    rows = prompts.video_layout("vbench", path, 5)
+    assert files(rows)[:6] == [*(f"fox-{k}.mp4" for k in range(5)), "owl-0.mp4"]
+    assert len(rows) == 4 * 5
+    assert files(prompts.video_layout("ta_hard", path, 2))[2:4] == ["0001-0.mp4", "0001-1.mp4"]
+
+
+def test_videos_without_a_file_are_of_our_prompts():
+    rows = prompts.video_layout("flat", None, 1)
+    assert [row["of"]["prompt"] for row in rows] == prompts.OUR_VIDEOS
+    assert files(rows)[-1] == "000011.mp4"
+
+
+def test_the_first_of_two_videos_with_one_name_counts(tmp_path):
+    """VBench has some prompts twice, and two that differ by one capital."""
+    content = "A fantasy landscape\nan owl\na fantasy landscape\nan owl\n"
+    rows = prompts.video_layout("vbench", write(tmp_path / "p.txt", content), 2)
+    names = ["A fantasy landscape", "an owl", "a fantasy landscape"]
+    assert files(rows) == [f"{name}-{k}.mp4" for name in names for k in (0, 1)]
+
+    twins = "prompt,prompt_shorter\nfirst,owl\nsecond,owl\n"
+    rows = prompts.video_layout("vbench", write(tmp_path / "p.csv", twins), 1)
+    assert [row["of"]["prompt"] for row in rows] == ["first"]
+
+    rows = prompts.video_layout("flat", write(tmp_path / "p.txt", content), 1)
+    assert len(rows) == 4, "files with numbers have no twins"
+
+
+def test_vbenchs_names_may_be_in_a_file_of_their_own(tmp_path):
+    """all_dimension_extended.txt has long prompts, line by line in all_dimension.txt's order."""
+    long = write(tmp_path / "all_dimension_extended.txt", "A long, red fox.\n\nA white owl.\n")
+    short = write(tmp_path / "all_dimension.txt", 'a "fox"\nan owl, white\n')
+
+    rows = prompts.video_layout("vbench", long, 1, names=short)
+
+    assert rows == [
+        dict(file='a "fox"-0.mp4', of=dict(prompt="A long, red fox.")),
+        dict(file="an owl, white-0.mp4", of=dict(prompt="A white owl.")),
+    ]
+
+
+def test_as_many_names_as_prompts_are_wanted(tmp_path):
+    """With one more all behind it would have the names of others."""
+    long = write(tmp_path / "long.txt", "a\nb\n")
+    short = write(tmp_path / "short.txt", "a\nb\nc\n")
+    with pytest.raises(ValueError, match=r"short.txt has 3 names, and .*long.txt 2 prompts: give"):
+        prompts.video_layout("vbench", long, 1, names=short)
+    with pytest.raises(ValueError, match=r"short.txt has 3 names, and our list 12 prompts: give"):
+        prompts.video_layout("vbench", None, 1, names=short)
+
+
+def test_names_are_refused_where_files_have_numbers(tmp_path):
+    path = write(tmp_path / "p.txt", "a\n")
+    with pytest.raises(ValueError, match=r"--layout ta_hard has numbers for names: leave .*p.txt"):
+        prompts.video_layout("ta_hard", path, 1, names=path)
+
+
+@pytest.mark.parametrize("name", ["a fox/owl", "a\nfox", "a\0fox", "x" * 241, "狐" * 81])
+@pytest.mark.parametrize("where", ["prompt", "prompt_shorter"])
+def test_a_name_that_no_file_can_have_is_refused_in_a_line(tmp_path, name, where):
+    """A slash is a folder, and a name has at most 255 bytes, three for each Chinese letter."""
+    rows = [dict(prompt="an owl"), dict(prompt="a cow") | {where: name}]
+    path = write(tmp_path / "p.jsonl", rows)
+
+    with pytest.raises(ValueError) as refused:
+        prompts.video_layout("vbench", path, 1)
+
+    said = str(refused.value)
+    assert said.startswith(f"{path}, prompt 2: no file can be named")
+    assert "give a short form of it as prompt_shorter" in said
+    assert "\n" not in said
+    assert len(said) < len(str(path)) + 200
+    assert len(prompts.video_layout("flat", path, 1)) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "狐" * 80, 'a sign, "open"', " ", "a\\b: c?"])
+def test_any_other_name_is_kept_as_it_is(tmp_path, name):
+    """A file of the longest one can be made, and VBench finds it by each of its letters."""
+    path = write(tmp_path / "p.jsonl", [dict(prompt=f"{name}.")])
+    if len(name.encode()) == 240:
+        path = write(tmp_path / "p.jsonl", [dict(prompt="long", prompt_shorter=name)])
+    (row,) = prompts.video_layout("vbench", path, 1)
+    assert row["file"] in (f"{name}-0.mp4", f"{name}.-0.mp4")
+    (tmp_path / row["file"]).touch()
+
+
+def test_a_layout_has_the_images_of_its_rows(tmp_path):
+    (tmp_path / "crop").mkdir()
+    (tmp_path / "crop/a.jpg").touch()
+    path = write(tmp_path / "p.jsonl", [dict(prompt_en="a fox", image_name="a.jpg")])
+    (row,) = prompts.video_layout("vbench_i2v", path, 1, images=tmp_path / "crop")
+    assert row["file"] == "a fox-0.mp4"
+    assert row["of"]["image"] == tmp_path / "crop/a.jpg"
+
+
+def test_the_table_of_videos_is_one_line_a_video_with_all_fields_quoted(tmp_path):
+    """VideoAlign's own reader and pandas find the same paths and prompts in it as csv does."""
+    rows = [
+        dict(prompt='A long, "red" fox\r\nin snow', prompt_shorter='a "red", fox'),
+        dict(prompts=["an owl sits", "the owl\nflies"]),
+    ]
+    layout = prompts.video_layout("vbench", write(tmp_path / "p.jsonl", rows), 1)
+
+    table = prompts.videos_csv(layout)
+
+    assert table == (
+        "path,prompt\n"
+        '"videos/a ""red"", fox-0.mp4","A long, ""red"" fox in snow"\n'
+        '"videos/an owl sits-0.mp4","an owl sits the owl flies"\n'
+    )
+    assert [*csv.DictReader(io.StringIO(table))] == [
+        dict(path='videos/a "red", fox-0.mp4', prompt='A long, "red" fox in snow'),
+        dict(path="videos/an owl sits-0.mp4", prompt="an owl sits the owl flies"),
+    ]

@@ -475,6 +475,29 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path):
     running.open_run(tmp_path, CONFIG)
 
 
+def test_a_student_is_of_the_run_in_whose_folder_it_lies(tmp_path):
+    """Its steps and sizes are in the run's config.json. Anyone else's student has none."""
+    running.open_run(tmp_path / "run", dict(student_steps=2))
+    for name in ("student", "student_ema"):
+        (tmp_path / "run" / name).mkdir()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/config.json").write_text("{}")  # of a network
+
+    for path in ("run", "run/student", "run/student_ema"):
+        assert running.run_of(tmp_path / path)["student_steps"] == 2
+    assert running.run_of(tmp_path / "else") == {}
+
+
+@pytest.mark.parametrize(
+    "batch, world, most, accum",
+    [(128, 1, 8, 16), (128, 8, 8, 2), (20, 1, 8, 4), (7, 1, 8, 1), (14, 1, 4, 7), (8, 8, 1, 1)],
+)
+def test_micro_batches_are_equal_and_small_enough(batch, world, most, accum, monkeypatch):
+    """Of 20 samples, four micro-batches of 5: three would have 7, 7 and 6."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert running.micro_batches(batch, most) == accum
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 def test_the_newest_checkpoint_is_loaded(tmp_path):
     """Steps count as numbers: 9 comes before 10, though not in the alphabet.

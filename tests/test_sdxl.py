@@ -757,6 +757,18 @@ def test_variety_is_how_unlike_samples_of_a_prompt_are(rewarded):
     assert rewarded.reward.variety().isnan()  # of no pair
 
 
+def test_variety_is_the_same_however_small_micro_batches_are(rewarded):
+    """Neighbours may be of two calls; calls of another update do not count."""
+    rewarded.reward.hold(INDEX)
+    whole = rewarded.reward.variety()
+
+    for x, i in zip(rewarded.x, INDEX, strict=True):
+        rewarded.reward(x[None], dict(index=torch.tensor([i])))
+    assert_close(rewarded.reward.variety(), whole)
+    rewarded.reward(rewarded.x[-1:], dict(index=torch.tensor(INDEX[-1:])))
+    assert rewarded.reward.variety().isnan()
+
+
 def test_the_reward_may_have_a_decoder_of_its_own(pipes, tmp_path):
     """The small one of madebyollin/taesdxl takes latents as they are."""
     vae = diffusers.AutoencoderTiny(
@@ -1327,6 +1339,13 @@ def files(tmp_path):
     index = dict(_class_name="StableDiffusionXLPipeline", unet=["a", "b"])
     (model / "model_index.json").write_text(json.dumps(index))
 
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/prompts.jsonl").write_text('{"prompt": "a fox"}')
+    (tmp_path / "unnamed").mkdir()
+    row = dict(file_name=None, text="a fox")
+    (tmp_path / "unnamed/metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "unfinished/checkpoints").mkdir(parents=True)
+
     running.open_run(tmp_path / "other_script", dict(height=480))
     (tmp_path / "other_script/student").mkdir()
 
@@ -1349,7 +1368,7 @@ def files(tmp_path):
         ("--lora-rank -1", "--lora-rank: choose 0 or more"),
         ("--image-size 100", "--image-size: choose a multiple of 64"),
         ("--s 2", "choose s in [0, 1]"),
-        ("--batch 12", "K = 8"),
+        ("--batch 12", "--batch 12: take a multiple of --group"),
         ("--accum 3", "--batch 128 of 3 ranks x --accum: take a multiple"),
         ("--lam 1", "--lam is for dmd2 and dmdr"),
         ("--method dmd2", "--real-data is for dmd2, which needs it"),
@@ -1365,7 +1384,15 @@ def files(tmp_path):
         ("sample --dry-run tiny --init other_script", "student is no student of --model"),
         ("sample --init images --layout geneval", "prompt 1 has no tag"),
         ("score", "give --samples, a folder or two"),
-        ("score --samples images --dry-run tiny", "images/prompts.jsonl"),
+        ("score --samples images --dry-run tiny", "images holds no images of `sample`"),
+        ("score --samples foreign --dry-run tiny", "foreign/prompts.jsonl is not of `sample`"),
+        ("--image-size -64", "--image-size: choose a multiple of 64"),
+        ("--image-size 0", "--image-size: choose a multiple of 64"),
+        ("--out empty", "--out empty is a file"),
+        ("--init images", "images holds no checkpoint"),
+        ("--method dmd2 --real-data unnamed", "unnamed/None: there is no such file"),
+        ("--method dmd2 --real-data images --prompts empty", "leave --prompts out"),
+        ("sample --init unfinished", "unfinished has no student before its run has ended"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, flags, message):
@@ -1373,6 +1400,114 @@ def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, flags,
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         run_main("sdxl", flags.split())
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
+    """The file may have been edited; its name is the same, and the run would learn other things."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fox\nan owl\n")
+    args = arguments("--prompts", path, "--out", tmp_path / "run", "--resume")
+    sdxl.open_run(args)
+    sdxl.open_run(args)
+
+    path.write_text("a fox\na boat\n")
+    with pytest.raises(ValueError, match="prompts_are"):
+        sdxl.open_run(args)
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path):
+    """What changes nothing that is learned may change: a run that ends at sea takes such flags."""
+    out = ["--out", tmp_path / "run", "--resume"]
+    sdxl.open_run(arguments(*out))
+    sdxl.open_run(arguments(*out, "--offload-text", "--accum", 2, "--no-compile", "--log-every", 3))
+    with pytest.raises(ValueError, match="fake_steps"):
+        sdxl.open_run(arguments(*out, "--fake-steps", 7))
+
+
+def test_samples_are_of_the_runs_own_model(tmp_path):
+    """A LoRA of a fine-tune on another base would draw another picture, without a word."""
+    running.open_run(tmp_path / "run", dict(model="someone/fine-tune", student_steps=2))
+    (tmp_path / "run/student").mkdir()
+
+    for path in ("run", "run/student"):
+        args = sdxl.parse(["sample", "--init", str(tmp_path / path)])
+        assert (args.model, args.student_steps) == ("someone/fine-tune", 2)
+    args = sdxl.parse(["sample", "--init", str(tmp_path / "run"), "--model", "sdxl"])
+    assert args.model == sdxl.SDXL["model"]
+
+
+def test_the_rewards_decoder_is_of_the_models_latents(pipes, tmp_path):
+    """Stable Diffusion 1.5's VAE has another scale, and a UNet is none."""
+    own = pipes["sdxl"].vae
+    tiny.sd_vae("tiny").save_pretrained(tmp_path / "of_sd15")
+    pipes["sdxl"].unet.save_pretrained(tmp_path / "unet")
+    tiny.sd_vae("tiny", scaling_factor=SCALING).save_pretrained(tmp_path / "of_sdxl")
+
+    sdxl.load_vae(str(tmp_path / "of_sdxl"), own, CPU)
+    for name in ("of_sd15", "unet"):
+        with pytest.raises(ValueError, match="give a VAE of --model's latents"):
+            sdxl.load_vae(str(tmp_path / name), own, CPU)
+
+
+def test_layers_that_are_no_loras_have_dmd2s_rate():
+    """The LoRAs' is ten times as large, as their steps are smaller; an exit's layer is whole."""
+    run = prepare("--lora-rank", 4)
+    rates = {}
+    for group in run.opt_fake.param_groups:
+        rates |= {id(p): group["lr"] for p in group["params"]}
+    named = {name: p for name, p in run.nets["fake"].named_parameters() if p.requires_grad}
+
+    assert len(rates) == len(named) > 50
+    for name, p in named.items():
+        assert rates[id(p)] == (5e-4 if "lora_" in name else 5e-5)
+    (group,) = run.opt_student.param_groups
+    assert group["lr"] == 5e-5
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_trained_networks_recompute_activations(rank):
+    """Where --no-checkpointing does not say otherwise. The teacher has no gradient."""
+    nets = prepare("--lora-rank", rank).nets
+    assert {name for name, net in nets.items() if net.is_gradient_checkpointing} == {
+        "student",
+        "fake",
+    }
+    nets = prepare("--lora-rank", rank, "--no-checkpointing").nets
+    assert not any(net.is_gradient_checkpointing for net in nets.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--method magic", "--method magic --lora-rank 0", "--method dmdr --lora-rank 0"],
+)
+def test_an_adapted_teacher_trains(flags):
+    """An update moves student and fake, by numbers that are finite. dmd2 and amd are above."""
+    run = prepare(*flags.split(), "--fake-steps", 1, "--batch", 2, "--group", 2)
+    before = {
+        name: [p.detach().clone() for p in run.nets[name].parameters() if p.requires_grad]
+        for name in ("student", "fake")
+    }
+
+    row = next(run.train())
+
+    assert row["skipped"] == 0
+    for name, old in before.items():
+        new = [p for p in run.nets[name].parameters() if p.requires_grad]
+        assert any((p != q).any() for p, q in zip(new, old, strict=True))
+
+
+@pytest.mark.parametrize("given", [[], ["--offload-text"]])
+def test_offloaded_encoders_live_on_the_cpu(pipes, monkeypatch, given):
+    """The pipeline's are sent there in the beginning, and the reward's."""
+    moved = noted(monkeypatch, pipes["sdxl"].text_encoder_2, "to")
+    texts_of(pipes["sdxl"], *given)
+    assert moved == ["cpu"] * len(given)
+
+    hps = tiny.hpsv2("tiny")
+    monkeypatch.setattr(sdxl, "load_hps", lambda args, device: hps)
+    moves = [noted(monkeypatch, net, "to") for net in hps.text_nets]
+    sdxl.Reward(arguments(*given), pipes["sdxl"], PROMPTS, CPU)
+    assert moves == [["cpu"] * len(given)] * 2
 
 
 def test_a_broken_image_of_dmd2s_data_is_named(pipes, tmp_path):

@@ -164,6 +164,19 @@ def lose_unet(folder):
     (folder / "unet").rmdir()
 
 
+def take_inpainting(folder):
+    """Its UNet is told a mask and an image, too."""
+    change(folder / "unet/config.json", in_channels=9)
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    kind = diffusers.UNet2DConditionModel
+    kind.from_config(kind.load_config(folder / "unet")).save_pretrained(folder / "unet")
+
+
+def take_another_pipeline(folder):
+    change(folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline")
+
+
 def never_had_unet(folder):
     """PixArt, SD 3 and Flux have a transformer in its place."""
     old = json.loads((folder / "model_index.json").read_text())
@@ -184,6 +197,8 @@ def never_had_unet(folder):
         (shift_latents, "is of another family (EulerDiscreteScheduler)"),
         (lose_unet, "has no unet"),
         (never_had_unet, "has no unet"),
+        (take_inpainting, "takes 9 channels"),
+        (take_another_pipeline, "is a StableDiffusionXLImg2ImgPipeline"),
     ],
 )
 def test_a_model_of_another_noise_or_kind_is_refused_in_a_line(model, tmp_path, spoil, message):
@@ -198,6 +213,13 @@ def test_a_model_of_another_noise_or_kind_is_refused_in_a_line(model, tmp_path, 
     assert str(folder) in said
     assert message in said
     assert "\n" not in said
+
+
+def test_a_model_that_cannot_be_had_is_told_from_one_that_is_wrong(monkeypatch):
+    """Without a connection the hub's libraries blame a file's name."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="could not be downloaded: check its name and your conn"):
+        unet.index_of("nobody/nothing")
 
 
 def test_a_folder_with_nothing_but_fp16_files_is_read(pipe, tmp_path):
