@@ -134,7 +134,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared("adam8bit")
     shared("checkpointing", default=True)
     shared("compile", default=torch.cuda.is_available())
-    shared("offload-text")
+    shared("offload-text", "VideoAlign, too")
     shared("seed", "0", default=0)
 
     data = groups["data"]
@@ -398,22 +398,28 @@ def batched(held: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------- reward
 class Reward:
-    """VideoAlign of latents and their prompts (B,): the sum of its scores, or one of them."""
+    """VideoAlign of latents and their prompts (B,): the sum of its scores, or one of them.
+
+    With --offload-text it lives on the CPU, and visits the GPU for each micro-batch.
+    """
 
     def __init__(self, args: argparse.Namespace, pipe, rows: list[dict], device: torch.device):
         self.vae = pipe.vae
         self.rows = rows
+        self.device = device
         self.rate = load_videoalign(args, device)
+        if args.offload_text:
+            self.rate.to("cpu")
         self.of = args.reward
         self.seen = []
 
     @torch.no_grad()
     def __call__(self, x: Tensor, c: dict[str, Tensor]) -> Tensor:
-        scores = []
-        for latents, i in zip(x.split(1), c["index"].tolist(), strict=True):
-            video = torch.cat([*videos.frames_of(self.vae, [latents])], 2)[0]
-            scores.append(self.rate(video.transpose(0, 1), self.rows[i]["prompt"]))
-        scores = torch.stack(scores)
+        films = [torch.cat([*videos.frames_of(self.vae, [part])], 2)[0] for part in x.split(1)]
+        prompts = [self.rows[i]["prompt"] for i in c["index"].tolist()]
+        with running.visit(self.device, self.rate):
+            pairs = zip(films, prompts, strict=True)
+            scores = torch.stack([self.rate(film.transpose(0, 1), text) for film, text in pairs])
         self.seen.append(scores)
         if self.of == "overall":
             return scores.sum(1)

@@ -766,6 +766,22 @@ def test_the_text_encoder_visits_the_gpu_for_each_prompt(pipes, monkeypatch):
     assert told.held[2]["text"].equal(plain.held[2]["text"])
 
 
+def test_videoalign_visits_the_gpu_for_each_micro_batch(pipes, monkeypatch):
+    """With --offload-text it was sent to the CPU, and only visits to score what was decoded."""
+    rate = tiny.videoalign("tiny")
+    moved = noted(monkeypatch, rate, "to")
+    monkeypatch.setattr(wan, "load_videoalign", lambda args, device: rate)
+    wan.Reward(arguments(), pipes["t2v"], ROWS, CPU)
+    assert moved == []
+    reward = wan.Reward(arguments("--offload-text"), pipes["t2v"], ROWS, CPU)
+    assert moved == [("cpu",)]
+
+    visits = noted(monkeypatch, running, "visit")
+    for _ in range(2):
+        reward(torch.randn(2, 16, 3, 4, 4), dict(index=torch.tensor([0, 1])))
+    assert visits == [(CPU, rate)] * 2
+
+
 # --------------------------------------------------------------------------------------- the reward
 class Rewarded(NamedTuple):
     """Three latents of two prompts, and VideoAlign's three scores of them by hand (3, 3)."""
