@@ -1,7 +1,7 @@
 """AMD on Wan2.1, text or image to video in four steps: the paper's Tables 5, 6, 10, 11 and Fig. 15.
 
     torchrun --nproc-per-node 8 wan.py                            # a student that streams
-    python wan.py --teacher T2V-1.3B --lora-rank 64 --adam8bit --offload-text      # on one GPU
+    python wan.py --teacher T2V-1.3B --lora-rank 64 --adam8bit --offload-text    # one of 24 GB
     torchrun --nproc-per-node 8 wan.py --mode bidirectional --lora-rank 64 \\
         --model I2V-14B-480P --prompts rows.jsonl                 # a student that makes all at once
     torchrun --nproc-per-node 8 wan.py sample --init runs/wan --layout vbench \\
@@ -85,7 +85,7 @@ DRY = dict(
         save_every=2,
     ),
 )
-OF_A_RUN = ("mode", "model", "size", "student_steps", "block", "window", "sink")  # its samples' too
+OF_A_RUN = ("mode", "model", "size", "student_steps", "block", "window", "sink")  # samples have it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -737,7 +737,7 @@ class Artist:
         self.conditions = Conditions(args, self.pipe, rows, device)
 
     def draw(self, row: dict) -> Iterator[Tensor]:
-        """Latents (1, 16, n, h, w) of a row, block by block. Several prompts take turns."""
+        """Latents (1, 16, n, h, w) of a row, block by block. Prompts share the blocks equally."""
         args, z = self.args, noise(self.args, 1, self.device)
         prompts = row.get("prompts", [row["prompt"]])
         conds = [batched([self.conditions.encode(row, prompt)]) for prompt in prompts]
@@ -869,10 +869,12 @@ def check(args: argparse.Namespace) -> None:
         there = path in (None, wan_students.ODE_INIT) or path.exists()
         running.require(there, f"{path}: there is no such file or folder")
     if args.mode == "streaming":
-        running.require(args.frames % args.block == 0, "choose --frames as a multiple of --block")
+        running.require(
+            args.frames % args.block == 0, f"--frames: choose a multiple of --block, {args.block}"
+        )
         running.require(
             args.window >= args.sink + args.block,
-            "choose --window of at least --sink plus --block",
+            f"--window: choose at least --sink plus --block, {args.sink + args.block}",
         )
     {"train": check_train, "sample": check_sample, "score": check_score}[args.task](args)
 

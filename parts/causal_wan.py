@@ -7,8 +7,9 @@
 
 Each block of latent frames is denoised in a few steps. Attention sees the frames before it by keys
 and values in a cache, which a clean pass (t = 0) of each finished block fills (Self-Forcing,
-arXiv 2506.08009, Alg. 1). It sees the first frames, `sink` of them, and the last ones, `window`
-with the block's own (LongLive, arXiv 2509.22622). `denoise` is an amd.Denoiser that calls net once.
+arXiv 2506.08009, Alg. 1). It sees `window` frames in all: the first ones, `sink` of them, the last
+ones, and the block's own (LongLive, arXiv 2509.22622). `denoise` is an amd.Denoiser that calls net
+once.
 
 Diffusers' own network becomes causal by three hooks: its rope starts at the block's first frame, a
 hook before each layer hands it its own keys and values, and a processor of self-attention reads
@@ -234,7 +235,8 @@ def stream(
             )
 
             if recent:
-                # the block before, whose clean pass waited until it was known that one follows
+                # The block before, whose clean pass waited until it was known that one follows. At
+                # a new prompt only frames of the sink are still read under the old one.
                 last, x = recent[-1]
                 if c is prompt or last < sink:
                     read_clean(net, denoise, cache, last, x, prompt)

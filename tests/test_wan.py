@@ -1591,8 +1591,8 @@ TINY = "--dry-run tiny --no-compile"
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--frames 20", "choose --frames as a multiple of --block"),
-        ("--window 5", "choose --window of at least --sink plus --block"),
+        ("--frames 20", "--frames: choose a multiple of --block, 3"),
+        ("--window 5", "--window: choose at least --sink plus --block, 6"),
         ("--sink -1", "--sink: choose 0 or more"),
         ("--block 0", "--block 0: choose it above 0"),
         ("--size 480 830", "--size: choose multiples of 16"),
