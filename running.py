@@ -33,7 +33,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -169,27 +168,6 @@ def visit(device: torch.device, *nets: nn.Module) -> Iterator[None]:
     finally:
         for tensors, name, v in places:
             tensors[name] = v
-
-
-def visit_in_turn(device: torch.device, layers: Iterable[nn.Module]) -> None:
-    """From now on, let each of these frozen layers visit a device whenever it is called.
-
-    So a network that is larger than the device computes on it. Its other layers must visit, too.
-    """
-    for layer in layers:
-        stay = contextlib.ExitStack()
-        layer.register_forward_pre_hook(partial(enter, stay, device))
-        layer.register_forward_hook(partial(leave, stay), always_call=True)
-
-
-def enter(stay: contextlib.ExitStack, device: torch.device, layer: nn.Module, _given) -> None:
-    """A hook before a layer: let it visit a device."""
-    stay.enter_context(visit(device, layer))
-
-
-def leave(stay: contextlib.ExitStack, _layer: nn.Module, _given, _made) -> None:
-    """A hook after a layer, also where that has raised: its visit is over."""
-    stay.close()
 
 
 def autocast(x: Tensor) -> torch.autocast:

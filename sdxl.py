@@ -605,8 +605,8 @@ def method_of(args: argparse.Namespace) -> amd.Method:
 def open_run(args: argparse.Namespace) -> Path:
     """OUT with its config.json. Until it has ended a run may go on to other --steps."""
     free = [*running.FREE]
-    if not (args.out / "student").exists():
-        free.append("steps")
+    if not (args.out / "student").exists() and method_of(args).phi is amd.fixed:
+        free.append("steps")  # which say when an adapted teacher is itself again
     config = dict(vars(args), resume=None)
     if args.task == "train":
         config["prompts_are"] = digest(rows_of(args))  # the file may be another one by now
@@ -618,7 +618,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if running.together((args.out / "config.json").exists()):
         open_run(args)  # a folder that cannot be used is refused before anything is loaded
     if (args.out / "student").exists():
-        return  # it is done
+        running.say(f"{args.out} has its student: there is nothing to do")
+        return
     run, steps = prepare(args, device), args.steps
     if args.init:
         running.load(args.init, **run.parts)

@@ -17,7 +17,6 @@ Self-Forcing's. The reward is VideoAlign. VBench's total in Table 5: LongLive 81
 import argparse
 import contextlib
 import copy
-import csv
 import json
 import os
 import re
@@ -35,12 +34,21 @@ import amd
 import running
 from parts import causal_wan, rewards, tiny, videoalign, videos, wan_net, wan_students
 from parts.images import open_image
-from parts.prompts import VIDEO_LAYOUTS, digest, read_video_prompts, video_layout, videos_csv
+from parts.prompts import (
+    VIDEO_LAYOUTS,
+    digest,
+    read_prompts,
+    read_video_prompts,
+    video_layout,
+    videos_csv,
+)
+from parts.unet import index_of
 
 torch.set_float32_matmul_precision("high")
 
 # -------------------------------------------------------------------------------------------- flags
 HUB = "Wan-AI/Wan2.1-{}-Diffusers"
+LONGEST_LIST = 100_000  # characters of a video's prompts in videos.csv
 VIDPROM = Path(wan_students.SELF_FORCING, "vidprom_filtered_extended.txt")  # on the hub
 
 STREAMING = dict(  # LongLive's first stage: its 700 updates of the fake are 140 of the student
@@ -200,8 +208,12 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
 
 def full_name(model: str, dry_run: str | None) -> str:
     """T2V-1.3B and its like -> the name on the hub; in a full dry run the size."""
-    if not re.match("[TI]2V-", model):
+    if not re.match("[TI]2V-", model) or Path(model).is_dir():
         return model
+    running.require(
+        dry_run != "full" or model.startswith("T2V"),
+        "--dry-run full has text to video only: give T2V-1.3B or T2V-14B",
+    )
     return model.split("-")[1] if dry_run == "full" else HUB.format(model)
 
 
@@ -224,11 +236,18 @@ def load_pipeline(args: argparse.Namespace, device: torch.device):
         pipe = wan_net.load_pipeline(args.model, device, default=half, vae=torch.float32)
         if not hasattr(pipe, "encode_image"):
             pipe.vae.to(half)
-        return pipe
+        return offloaded(args, pipe)
     torch.manual_seed(0)  # random weights are alike on all ranks, and when a run goes on
     size = "tiny" if args.model == "tiny" else "full"
     with device, running.default_dtype(half):
-        return tiny.wan_pipeline(size)
+        return offloaded(args, tiny.wan_pipeline(size))
+
+
+def offloaded(args: argparse.Namespace, pipe):
+    """A pipeline whose text encoder lives on the CPU, if --offload-text says so."""
+    if args.offload_text:
+        pipe.text_encoder.to("cpu")
+    return pipe
 
 
 def load_transformer(model: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -264,9 +283,6 @@ def networks(args: argparse.Namespace, device: torch.device) -> dict[str, nn.Mod
     copied, moved and sharded one after the other; several processes read them on the CPU.
     """
     lora = args.lora_rank
-    names = {args.model, args.teacher}
-    if len(names) == 2 and names.isdisjoint(tiny.WAN_SIZES):
-        wan_net.same_widths(args.model, args.teacher)
     place = device if running.ranks().size == 1 else torch.device("cpu")
     half = running.half(device)
     base = load_transformer(args.model, place, half if lora else torch.float32)
@@ -320,7 +336,7 @@ def placed(args: argparse.Namespace, net: nn.Module, device: torch.device) -> nn
 class Conditions:
     """What the transformer is told of rows, which is encoded once an update.
 
-    With --offload-text T5 lives on the CPU, and its layers visit the GPU one after the other.
+    With --offload-text T5 lives on the CPU, and visits the GPU for that.
     """
 
     def __init__(self, args: argparse.Namespace, pipe, rows: list[dict], device: torch.device):
@@ -331,24 +347,22 @@ class Conditions:
         self.frames = args.frames
         self.held = {}
         self.update = None
-        t5 = pipe.text_encoder
-        self.around = [t5.shared, t5.encoder.embed_tokens, t5.encoder.final_layer_norm]
-        if args.offload_text:
-            t5.to("cpu")
-            running.visit_in_turn(device, t5.encoder.block)
-        self.negative = self.text(NEGATIVE)
+        (self.negative,) = self.texts([NEGATIVE])
 
     @torch.no_grad()
-    def text(self, prompt: str) -> Tensor:
-        """A prompt -> (512, D)."""
-        with running.visit(self.device, *self.around):
-            embeds, _ = self.pipe.encode_prompt(
-                prompt,
-                do_classifier_free_guidance=False,
-                max_sequence_length=512,
-                device=self.device,
-            )
-        return embeds[0]
+    def texts(self, prompts: list[str]) -> list[Tensor]:
+        """Prompts -> (512, D) of each, one by one, so that it does not hang on its company."""
+        made = []
+        with running.visit(self.device, self.pipe.text_encoder):
+            for prompt in prompts:
+                embeds, _ = self.pipe.encode_prompt(
+                    prompt,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=512,
+                    device=self.device,
+                )
+                made.append(embeds[0])
+        return made
 
     @torch.no_grad()
     def look(self, path: Path) -> dict[str, Tensor]:
@@ -370,16 +384,19 @@ class Conditions:
         )
         return dict(y=y[0], image=self.pipe.encode_image(image, self.device)[0].float())
 
-    def encode(self, row: dict, prompt: str | None = None) -> dict[str, Tensor]:
-        """What is told of a row, or of its image and another prompt; no batch."""
-        c = dict(text=self.text(prompt or row["prompt"]))
-        if "image" in row:
-            c |= self.look(row["image"])
-        return c
+    def encode(self, row: dict, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """What is told of a row's image and each of these prompts; no batch."""
+        seen = self.look(row["image"]) if "image" in row else {}
+        return [dict(text=text) | seen for text in self.texts(prompts)]
 
     def hold(self, indices: list[int], update: int | None = None) -> None:
         """Encode the rows that will be asked for, those of an update, and forget others."""
-        self.held = {i: self.encode(self.rows[i]) for i in sorted(set(indices))}
+        self.held = {}
+        held = sorted(set(indices))
+        texts = self.texts([self.rows[i]["prompt"] for i in held])
+        for i, text in zip(held, texts, strict=True):
+            row = self.rows[i]
+            self.held[i] = dict(text=text) | (self.look(row["image"]) if "image" in row else {})
         self.update = update
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
@@ -475,8 +492,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Load the pipeline and the networks, and make the closures."""
     ranks, lora = running.ranks(), args.lora_rank
     rows = rows_of(args)
+    check_model(args, rows)
     pipe = load_pipeline(args, device)
-    check_images(args, rows, pipe)
     if args.compile:
         videos.compile_decoder(pipe.vae)
     nets = networks(args, device)
@@ -606,8 +623,8 @@ def method_of(args: argparse.Namespace) -> amd.Method:
 def open_run(args: argparse.Namespace) -> Path:
     """OUT with its config.json. Until it has ended a run may go on to other --steps."""
     free = [*running.FREE]
-    if not (args.out / "student").exists():
-        free.append("steps")
+    if not (args.out / "student").exists() and method_of(args).phi is amd.fixed:
+        free.append("steps")  # which say when an adapted teacher is itself again
     config = dict(vars(args), resume=None)
     if args.task == "train":
         config["prompts_are"] = digest(rows_of(args))  # the file may be another one by now
@@ -619,7 +636,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if running.together((args.out / "config.json").exists()):
         open_run(args)  # a folder that cannot be used is refused before anything is loaded
     if (args.out / "student").exists():
-        return  # it is done
+        running.say(f"{args.out} has its student: there is nothing to do")
+        return
     run, steps = prepare(args, device), args.steps
     out = open_run(args)
     start = running.load(out, **run.parts)
@@ -723,8 +741,8 @@ class Artist:
     def __init__(self, args: argparse.Namespace, device: torch.device, rows: list[dict]):
         self.args = args
         self.device = device
+        check_model(args, rows)
         self.pipe = load_pipeline(args, device)
-        check_images(args, rows, self.pipe)
         self.net = load_transformer(args.model, device, running.half(device))
         if args.init:
             wan_students.adopt(self.net, args.init, fuse=False)
@@ -740,7 +758,7 @@ class Artist:
         """Latents (1, 16, n, h, w) of a row, block by block. Prompts share the blocks equally."""
         args, z = self.args, noise(self.args, 1, self.device)
         prompts = row.get("prompts", [row["prompt"]])
-        conds = [batched([self.conditions.encode(row, prompt)]) for prompt in prompts]
+        conds = [batched([c]) for c in self.conditions.encode(row, prompts)]
         if args.mode == "bidirectional":
             yield amd.backward_simulation(self.denoise, z, conds[0], levels_of(args)).x
             return
@@ -774,12 +792,12 @@ def score(args: argparse.Namespace, device: torch.device) -> None:
     """Print VideoAlign's means x 100 of folders that `sample` wrote, and their standard errors."""
     rate = load_videoalign(args, device)
     for folder in args.samples:
-        with (folder / "videos.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        running.require(rows, f"{folder}/videos.csv lists no video: choose another folder")
+        rows = read_prompts(folder / "videos.csv", LONGEST_LIST)
         r = []
         for row in running.progress(rows, desc=str(folder)):
-            frames, fps = videos.read_video(folder / row["path"])
+            path = folder / row.get("path", "videos.csv has no path")
+            frames, fps = videos.read_video(path)
+            running.require(len(frames) > 1, f"{path} is one picture, and VideoAlign rates motion")
             r.append(100 * rate(frames.to(device), row["prompt"], fps))
         r = torch.stack(r).double().cpu()
         for of, v in zip((*videoalign.SCORES, "total"), [*r.T, r.sum(1)], strict=True):
@@ -833,8 +851,9 @@ def speed(args: argparse.Namespace, device: torch.device) -> None:
     took = clock(f"update with {args.fake_steps} of the fake", partial(next, updates))
     # in the student's turn its exit is called again with a graph, whose backward pass is in `exit`
     parts, fake_steps = args.accum, args.fake_steps
+    asked = fake_steps if method_of(args).senses else 1  # how often, for the reward
     needs = dict(texts=1, rollout=parts * fake_steps, exit=parts, real=parts)
-    needs |= dict(fake=parts * fake_steps, reward=parts * fake_steps, adamw=fake_steps + 1)
+    needs |= dict(fake=parts * fake_steps, reward=parts * asked, adamw=fake_steps + 1)
     clock.ratio(f"update of {args.batch}", took, needs)
     running.say(f"videos: {len(x)}; peak {running.peak_gib():.1f} GiB")
 
@@ -922,20 +941,33 @@ def check_sample(args: argparse.Namespace) -> None:
         args.mode == "streaming" or not any("prompts" in row["of"] for row in rows),
         "--prompts: only a stream changes its prompt, so give one a row",
     )
+    if args.mode == "streaming":
+        most = max(len(row["of"].get("prompts", [""])) for row in rows)
+        running.require(
+            most <= args.frames // args.block, f"a row has {most} prompts: give it as many blocks"
+        )
     videos.require_mp4()
 
 
 def check_score(args: argparse.Namespace) -> None:
     running.require(args.samples, "give --samples, folders of sample")
+    videos.require_mp4()
     running.require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "score is for one process")
     for folder in args.samples:
         path = folder / "videos.csv"
         running.require(path.exists(), f"{path}: there is no such file; sample writes it")
 
 
-def check_images(args: argparse.Namespace, rows: list[dict], pipe) -> None:
-    """ValueError, unless an image-to-video model has an image for each row, and others none."""
-    i2v = hasattr(pipe, "encode_image")
+def check_model(args: argparse.Namespace, rows: list[dict]) -> None:
+    """ValueError, unless --model, --teacher and the rows go together, by the models' small files.
+
+    An image-to-video model has an image for each row, and others have none.
+    """
+    random, i2v = tiny.WAN_SIZES, False
+    if args.model not in random:
+        index = index_of(args.model)
+        wan_net.require_wan21(args.model, index)
+        i2v = wan_net.is_i2v(index)
     running.require(
         not i2v or args.mode == "bidirectional",
         f"{args.model} begins with an image, which a stream does not: give --mode bidirectional",
@@ -944,6 +976,13 @@ def check_images(args: argparse.Namespace, rows: list[dict], pipe) -> None:
         running.require(
             ("image" in row) == i2v,
             f"{args.model}: give rows {'with' if i2v else 'without'} an image",
+        )
+    if args.task == "train" and args.teacher != args.model and args.teacher not in random:
+        wan_net.same_widths(args.model, args.teacher)
+    if args.mode == "streaming" and args.model not in random:
+        most = wan_net.config_of(args.model).get("rope_max_seq_len", 1024)
+        running.require(
+            args.frames <= most, f"--frames {args.frames}: {args.model} knows {most} positions"
         )
 
 

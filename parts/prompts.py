@@ -206,8 +206,12 @@ def as_row(value: object, where: str, longest: int) -> Row:
             0 < count <= longest,
             f"{where}: its {key} has {count:,} characters: give 1 to {longest:,}",
         )
+        running.require(
+            not re.search("[\ud800-\udfff]", text),
+            f"{where}: its {key} has half a character, as of an emoji that was cut: mend it",
+        )
 
-    row = dict(prompt=texts[0]) | row
+    row = dict(prompt=texts[0]) | {k: v for k, v in row.items() if k != "prompts"}
     if isinstance(given, list):
         row["prompts"] = given
     return row
@@ -249,6 +253,7 @@ def read_video_prompts(path: Path | None, images: Path | None = None) -> list[Ro
 def with_images(rows: list[Row], path: Path, folder: Path) -> list[Row]:
     """Rows of the file path, whose images are named as in folder -> rows with the images' Paths."""
     found = []
+    plain = [{k: v for k, v in row.items() if k not in IMAGE_KEYS} for row in rows]
     for i, row in enumerate(rows, 1):
         named = [row[key] for key in IMAGE_KEYS if row.get(key)]
         if not named:
@@ -263,7 +268,7 @@ def with_images(rows: list[Row], path: Path, folder: Path) -> list[Row]:
         len(found) in (0, len(rows)),
         f"{path}: {len(found)} of its {len(rows)} prompts have an image: give one to all, or none",
     )
-    return found or rows
+    return found or plain
 
 
 # --------------------------------------------------------------------------------------- benchmarks

@@ -226,6 +226,8 @@ def adopt(pipe, path: Path) -> None:
             pipe.unet = net.to(pipe.device)
         else:
             load_lora(pipe, path)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no student of --model: take one ({reason:.150})") from None

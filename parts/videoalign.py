@@ -110,7 +110,12 @@ class VideoAlign(nn.Module):
         return (scores - self.mean) / self.std
 
     def question(self, prompt: str) -> str:
-        """The text that goes with a video of a prompt, with a place for the video."""
+        """The text that goes with a video of a prompt, with a place for the video.
+
+        Words of a prompt that the tokenizer has for itself, as MARKS, are left out.
+        """
+        for word in self.processor.tokenizer.all_special_tokens + list(MARKS):
+            prompt = prompt.replace(word, "")
         text = self.template.format(text_prompt=prompt)
         content = [dict(type="video"), dict(type="text", text=text)]
         return self.processor.apply_chat_template(

@@ -83,6 +83,8 @@ def adopt(net: nn.Module, path: Path, fuse: bool = True) -> None:
             load_folder(net, path)
         else:
             load_file(net, only_file(path), fuse)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no student of --model: take one ({reason:.150})") from None

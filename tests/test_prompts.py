@@ -207,6 +207,7 @@ BROKEN_QUOTES = 'prompt\na fox\n"an owl\na hen\n'
         ("p.json", '["a", ["b", "c"]]', "row 2 is of type list"),
         ("p.jsonl", '{"text": null}', "line 1: its text is of type NoneType"),
         ("p.jsonl", '{"prompts": []}', "line 1: its prompts is an empty list"),
+        ("p.jsonl", '"ok"\n"a fox \\ud83d"', "line 2: its prompt has half a character"),
         ("p.jsonl", '{"prompts": ["a", 1]}', "line 1: its prompts is of type int"),
         ("p.jsonl", '{"prompts": ["a", ""]}', "line 1: its prompts has 0 characters"),
         ("p.json", '["a", " "]', "row 2: its prompt has 0 characters: give 1 to 2,000"),
@@ -400,7 +401,7 @@ def test_all_prompts_have_an_image_or_none(tmp_path, none):
     with pytest.raises(ValueError, match="2 of its 3 prompts have an image: give one to all"):
         prompts.read_video_prompts(write(tmp_path / "p.jsonl", [row, other, row]))
     path = write(tmp_path / "p.jsonl", [other, other])
-    assert prompts.read_video_prompts(path) == [other, other]
+    assert prompts.read_video_prompts(path) == [dict(prompt="b")] * 2
 
 
 # ------------------------------------------------------------------------------- layouts of videos
@@ -542,3 +543,25 @@ def test_the_table_of_videos_is_one_line_a_video_with_all_fields_quoted(tmp_path
         dict(path='videos/a "red", fox-0.mp4', prompt='A long, "red" fox in snow'),
         dict(path="videos/an owl sits-0.mp4", prompt="an owl sits the owl flies"),
     ]
+
+
+def test_prompts_are_those_that_were_read(tmp_path):
+    """A column `prompts` beside the prompt may hold anything, and is no list of prompts."""
+    rows = [dict(prompt="a fox", prompts="an owl"), dict(caption="a boat", prompts=None)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert prompts.read_prompts(path) == [dict(prompt="a fox"), dict(prompt="a boat")]
+
+
+def test_an_empty_image_is_none(tmp_path):
+    """As a csv has it that was made for both kinds of models."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,image\na fox,\nan owl,\n")
+    assert prompts.read_video_prompts(path) == [dict(prompt="a fox"), dict(prompt="an owl")]
+
+
+def test_a_table_with_tabs_is_read(tmp_path):
+    """As COCO's lists of captions are kept; its header is none of the prompts."""
+    path = tmp_path / "rows.tsv"
+    path.write_text("id\tprompt\n1\ta fox, red\n")
+    assert prompts.read_prompts(path) == [dict(prompt="a fox, red", id="1")]

@@ -292,30 +292,6 @@ def test_a_network_visits_a_device_and_is_back_as_it_was():
     assert net[2].weight is net[0].weight
 
 
-def test_layers_visit_a_device_one_after_the_other():
-    """A layer is there while it computes and no other is; all are back, also after an error."""
-    layers = [nn.Linear(3, 3).requires_grad_(False) for _ in range(3)]
-    seen = []
-
-    def places(*_):
-        """Where each layer's weights are."""
-        seen.append([layer.weight.device.type for layer in layers])
-
-    meta = torch.device("meta")
-    running.visit_in_turn(meta, layers)
-    for layer in layers:
-        layer.register_forward_pre_hook(places)
-    nn.Sequential(*layers)(torch.zeros(2, 3, device=meta))
-
-    assert seen == [["meta" if i == j else "cpu" for i in range(3)] for j in range(3)]
-    places()
-    assert seen[-1] == ["cpu"] * 3
-    with pytest.raises(RuntimeError):
-        layers[0](torch.zeros(2, 4, device=meta))
-    places()
-    assert seen[-1] == ["cpu"] * 3
-
-
 # --------------------------------------------------------------------------------- the run's folder
 CONFIG = dict(lr=1e-3, steps=5, out="x")
 

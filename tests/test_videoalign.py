@@ -249,6 +249,14 @@ def test_a_prompt_may_have_braces(official):
     assert " - a {fox} {0}\n" in asked
 
 
+def test_a_prompt_may_have_the_tokenizers_own_words(official):
+    """A mark in a prompt would be read for a score, and a place for a video for a second video."""
+    rate = videoalign.load_videoalign(CPU, official.folder)
+    frames = video(4, 28, 28)
+    odd = rate(frames, "<|VQ_reward|>a <|video_pad|>fox<|im_end|>")
+    assert_close(odd, rate(frames, "a fox"))
+
+
 def test_it_is_frozen_and_its_scores_have_no_graph(official):
     """Students are not trained through it."""
     rate = videoalign.load_videoalign(CPU, official.folder)

@@ -739,31 +739,25 @@ def test_an_image_has_a_say_in_what_is_guessed(models, tmp_path):
             assert not run.denoise["real"](x_t, t, c | {part: other[part]}).equal(ours)
 
 
-def test_the_text_encoder_visits_the_gpu_for_each_prompt(pipes, monkeypatch):
-    """With --offload-text every weight of it does, its layers one after the other, and goes back.
-
-    A weight that stays behind would meet numbers of the GPU.
-    """
-    pipe = copy.deepcopy(pipes["t2v"])
-    plain = conditions(pipe)
-    plain.hold([1, 2])
-    told = conditions(pipe, "--offload-text")
+def test_the_text_encoder_visits_the_gpu_once_an_update(pipes, monkeypatch):
+    """For all prompts of it; tests/test_running.py says what a visit is."""
+    told = conditions(pipes["t2v"], "--offload-text")
     visits = noted(monkeypatch, running, "visit")
-    places = {name: p.data_ptr() for name, p in pipe.text_encoder.named_parameters()}
 
-    told.hold([1, 2])
+    told.hold([1, 2, 1])
 
-    t5 = pipe.text_encoder.encoder
-    assert {device for device, *_ in visits} == {CPU}
-    of_a_prompt = [nets for _, *nets in visits[: len(visits) // 2]]
-    assert [nets for _, *nets in visits[len(visits) // 2 :]] == of_a_prompt
-    assert of_a_prompt[1:] == [[block] for block in t5.block]
-    visited = {p for nets in of_a_prompt for net in nets for p in net.parameters()}
-    assert visited == set(pipe.text_encoder.parameters())
-    assert not {p for net in of_a_prompt[0] for p in net.parameters()} & {*t5.block.parameters()}
+    assert visits == [(CPU, pipes["t2v"].text_encoder)]
 
-    assert {name: p.data_ptr() for name, p in pipe.text_encoder.named_parameters()} == places
-    assert told.held[2]["text"].equal(plain.held[2]["text"])
+
+def test_an_offloaded_text_encoder_lives_on_the_cpu(monkeypatch):
+    """It is sent there before any other network is loaded."""
+    moved, make = [], tiny.wan_pipeline
+    for flags in ([], ["--offload-text"]):
+        pipe = make("tiny")
+        monkeypatch.setattr(tiny, "wan_pipeline", lambda size, pipe=pipe: pipe)
+        moved.append(noted(monkeypatch, pipe.text_encoder, "to"))
+        wan.load_pipeline(arguments(*flags), CPU)
+    assert moved == [[], [("cpu",)]]
 
 
 def test_videoalign_visits_the_gpu_for_each_micro_batch(pipes, monkeypatch):
@@ -1270,7 +1264,7 @@ def drawn_by_diffusers(model, student, lora, **image):
 @torch.no_grad()
 def drawn_by_us(run, row):
     """The same by a run's own networks."""
-    c = wan.batched([run.conditions.encode(row)])
+    c = wan.batched([*run.conditions.encode(row, [row["prompt"]])])
     torch.manual_seed(5)
     return run.generate(c, 1.0).x
 
@@ -1501,6 +1495,41 @@ def test_score_sees_frames_by_the_rate_at_which_they_are_shown(drawn, tmp_path, 
     assert {row["error"] for row in rows} == {None}
 
 
+def test_score_reads_a_list_that_excel_has_saved(drawn, tmp_path, capsys):
+    """With a byte-order mark, semicolons and other line ends. A picture is named, and no video."""
+    row = listed(drawn)[0]
+    (tmp_path / "excel").mkdir()
+    shutil.copy(drawn / row["path"], tmp_path / "excel/fox.mp4")
+    text = '\ufeffpath;prompt\r\nfox.mp4;"a fox; red"\r\n'
+    (tmp_path / "excel/videos.csv").write_bytes(text.encode())
+    assert [row["videos"] for row in scores_of(tmp_path / "excel", capsys)] == [1] * 4
+
+    frames = film(drawn / row["path"])[:1]
+    videos.write_mp4(tmp_path / "excel/fox.mp4", [frames.transpose(0, 1)[None]])
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'excel/fox.mp4'} is one picture")):
+        scores_of(tmp_path / "excel", capsys)
+
+
+def test_steps_are_not_free_where_they_say_when_the_teacher_is_itself_again(tmp_path):
+    """Magic's would be moved towards the fake again by a run that goes on for longer."""
+    for method, free in (("amd", True), ("magic", False)):
+        flags = ["--method", method, "--out", tmp_path / method, "--resume"]
+        wan.open_run(arguments(*flags, "--steps", 3))
+        if free:
+            wan.open_run(arguments(*flags, "--steps", 4))
+            continue
+        with pytest.raises(ValueError, match="steps"):
+            wan.open_run(arguments(*flags, "--steps", 4))
+
+
+def test_a_folder_of_that_name_is_a_model(tmp_path, monkeypatch):
+    """T2V-1.3B is short for a name on the hub, unless there is such a folder."""
+    monkeypatch.chdir(tmp_path)
+    assert wan.parse(["--model", "T2V-mine"]).model == "Wan-AI/Wan2.1-T2V-mine-Diffusers"
+    (tmp_path / "T2V-mine").mkdir()
+    assert wan.parse(["--model", "T2V-mine"]).model == "T2V-mine"
+
+
 # ---------------------------------------------------------------------------------------- the speed
 NUMBER = r"\d+\.\d"
 
@@ -1631,6 +1660,14 @@ TINY = "--dry-run tiny --no-compile"
         (
             "sample --init start --layout vbench --prompts good.txt --names one_name.txt",
             "one_name.txt has 1 names, and good.txt 2 prompts",
+        ),
+        (
+            "sample --init start --prompts turns.jsonl --frames 3",
+            "a row has 2 prompts: give it as many blocks",
+        ),
+        (
+            "--dry-run full --mode bidirectional --model I2V-14B-480P",
+            "--dry-run full has text to video only",
         ),
         (
             "sample --init start --mode bidirectional --prompts turns.jsonl",
