@@ -114,7 +114,7 @@ class VideoAlign(nn.Module):
 
         Words of a prompt that the tokenizer has for itself, as MARKS, are left out.
         """
-        for word in self.processor.tokenizer.all_special_tokens + list(MARKS):
+        for word in self.processor.tokenizer.get_added_vocab():
             prompt = prompt.replace(word, "")
         text = self.template.format(text_prompt=prompt)
         content = [dict(type="video"), dict(type="text", text=text)]
