@@ -267,17 +267,17 @@ def test_blocks_are_compiled_to_one_program_and_hooks_stay_outside(net, monkeypa
     compile = torch.compile
     options = dict(fullgraph=True, backend=backend)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     for i, block in enumerate(net.blocks):
         block.register_forward_pre_hook(partial(louder, 1.5 + i))
-    with torch.no_grad():
+    # monkeypatch would take the setting away when it undoes it
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
         before = guess(net)
 
         wan_net.compile_blocks(net)
 
         assert_close(guess(net), before)
+        assert torch._dynamo.config.recompile_limit == 256
     assert len(programs) == 1
-    assert torch._dynamo.config.recompile_limit == 256
 
 
 # ------------------------------------------------------------------------------ LoRAs to be trained
