@@ -389,4 +389,4 @@ def videos_csv(rows: list[Row], folder: str = "videos") -> str:
         prompts = row["of"].get("prompts", [row["of"]["prompt"]])
         prompt = re.sub(r"[\r\n]+", " ", " ".join(prompts))
         table.writerow([f"{folder}/{row['file']}", prompt])
-    return text.getvalue()
+    return text.getvalue().removesuffix("\n")

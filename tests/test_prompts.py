@@ -537,7 +537,7 @@ def test_the_table_of_videos_is_one_line_a_video_with_all_fields_quoted(tmp_path
     assert table == (
         "path,prompt\n"
         '"videos/a ""red"", fox-0.mp4","A long, ""red"" fox in snow"\n'
-        '"videos/an owl sits-0.mp4","an owl sits the owl flies"\n'
+        '"videos/an owl sits-0.mp4","an owl sits the owl flies"'
     )
     assert [*csv.DictReader(io.StringIO(table))] == [
         dict(path='videos/a "red", fox-0.mp4', prompt='A long, "red" fox in snow'),
