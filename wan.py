@@ -247,6 +247,7 @@ def offloaded(args: argparse.Namespace, pipe):
     """A pipeline whose text encoder lives on the CPU, if --offload-text says so."""
     if args.offload_text:
         pipe.text_encoder.to("cpu")
+        pipe.text_encoder.tie_weights()  # its embedding is one tensor, however it was moved
     return pipe
 
 
