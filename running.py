@@ -298,7 +298,7 @@ def read_config(out: Path) -> dict:
         ) from None
 
 
-def run_of(student: Path) -> dict:
+def config_of_student(student: Path) -> dict:
     """The config of the run that a student is of: the run's folder, or its `student` and the like.
 
     It is empty for anyone else's student.

@@ -144,7 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fill(args: argparse.Namespace) -> argparse.Namespace:
     """Set the flags that were not given, by the model and by each other."""
-    config = running.run_of(args.init) if args.task == "sample" and args.init else {}
+    config = running.config_of_student(args.init) if args.task == "sample" and args.init else {}
     if args.model is None and not args.dry_run:
         args.model = config.get("model")
     defaults = SD15 if is_sd15(args.model) else SDXL
@@ -388,15 +388,18 @@ class Reward:
     def compare(self, images: Tensor, index: Tensor) -> None:
         """Note how far apart neighbours of a prompt are; the last call's last image is one."""
         if self.last:
-            before, its_index = self.last
-            images, index = torch.cat([before, images]), torch.cat([its_index, index])
+            image, its_index = self.last
+            images = torch.cat([image, images])
+            index = torch.cat([its_index, index])
         alike = index[1:] == index[:-1]
         apart = (images[1:] - images[:-1]).abs().mean((1, 2, 3))
         self.apart.append(apart[alike])
         self.last = (images[-1:], index[-1:])
 
     def variety(self) -> Tensor:
-        seen, self.apart, self.last = self.apart, [], None
+        seen = self.apart
+        self.apart = []
+        self.last = None
         return torch.cat(seen).mean() if seen else torch.tensor(float("nan"))
 
 
@@ -609,7 +612,7 @@ def open_run(args: argparse.Namespace) -> Path:
         free.append("steps")  # which say when an adapted teacher is itself again
     config = dict(vars(args), resume=None)
     if args.task == "train":
-        config["prompts_are"] = digest(rows_of(args))  # the file may be another one by now
+        config["prompts_digest"] = digest(rows_of(args))  # the file may be another one by now
     return running.open_run(args.out, config, args.resume, free)
 
 
@@ -617,9 +620,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """--steps student updates, from the newest checkpoint or --init; then OUT/student."""
     if running.together((args.out / "config.json").exists()):
         open_run(args)  # a folder that cannot be used is refused before anything is loaded
-    if (args.out / "student").exists():
-        running.say(f"{args.out} has its student: there is nothing to do")
-        return
+        if (args.out / "student").exists():
+            running.say(f"{args.out} has its student: there is nothing to do")
+            return
+    running.require(
+        not (args.out / "student").exists(),
+        f"{args.out} has a student and no config.json of its run: choose another folder",
+    )
     run, steps = prepare(args, device), args.steps
     if args.init:
         running.load(args.init, **run.parts)

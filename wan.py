@@ -180,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def fill(args: argparse.Namespace) -> argparse.Namespace:
     """Set the flags that were not given, by the mode, by the run, and by each other."""
     if args.task == "sample" and args.init:
-        config = running.run_of(args.init)
+        config = running.config_of_student(args.init)
         running.fill(args, {name: config[name] for name in OF_A_RUN if name in config})
     running.fill(args, dict(mode="streaming"))
     defaults = MODES[args.mode] | DRY.get(args.dry_run, {})
@@ -385,10 +385,14 @@ class Conditions:
         )
         return dict(y=y[0], image=self.pipe.encode_image(image, self.device)[0].float())
 
+    def of_image(self, row: dict) -> dict[str, Tensor]:
+        """What is told of a row's image; nothing, if it has none."""
+        return self.look(row["image"]) if "image" in row else {}
+
     def encode(self, row: dict, prompts: list[str]) -> list[dict[str, Tensor]]:
         """What is told of a row's image and each of these prompts; no batch."""
-        seen = self.look(row["image"]) if "image" in row else {}
-        return [dict(text=text) | seen for text in self.texts(prompts)]
+        image = self.of_image(row)
+        return [dict(text=text) | image for text in self.texts(prompts)]
 
     def hold(self, indices: list[int], update: int | None = None) -> None:
         """Encode the rows that will be asked for, those of an update, and forget others."""
@@ -396,8 +400,7 @@ class Conditions:
         held = sorted(set(indices))
         texts = self.texts([self.rows[i]["prompt"] for i in held])
         for i, text in zip(held, texts, strict=True):
-            row = self.rows[i]
-            self.held[i] = dict(text=text) | (self.look(row["image"]) if "image" in row else {})
+            self.held[i] = dict(text=text) | self.of_image(self.rows[i])
         self.update = update
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
@@ -411,6 +414,7 @@ class Conditions:
 
 
 def batched(held: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions of one sample each -> that of a batch of them."""
     return {k: torch.stack([c[k] for c in held]) for k in held[0]}
 
 
@@ -445,7 +449,8 @@ class Reward:
 
     def means(self) -> dict[str, Tensor]:
         """The mean of each score, since it was last asked."""
-        seen, self.seen = self.seen, []
+        seen = self.seen
+        self.seen = []
         if not seen:
             return {}
         return dict(zip(videoalign.SCORES, torch.cat(seen).mean(0), strict=True))
@@ -628,7 +633,7 @@ def open_run(args: argparse.Namespace) -> Path:
         free.append("steps")  # which say when an adapted teacher is itself again
     config = dict(vars(args), resume=None)
     if args.task == "train":
-        config["prompts_are"] = digest(rows_of(args))  # the file may be another one by now
+        config["prompts_digest"] = digest(rows_of(args))  # the file may be another one by now
     return running.open_run(args.out, config, args.resume, free)
 
 
@@ -636,9 +641,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """--steps student updates, from the newest checkpoint or --init; then OUT/student."""
     if running.together((args.out / "config.json").exists()):
         open_run(args)  # a folder that cannot be used is refused before anything is loaded
-    if (args.out / "student").exists():
-        running.say(f"{args.out} has its student: there is nothing to do")
-        return
+        if (args.out / "student").exists():
+            running.say(f"{args.out} has its student: there is nothing to do")
+            return
+    running.require(
+        not (args.out / "student").exists(),
+        f"{args.out} has a student and no config.json of its run: choose another folder",
+    )
     run, steps = prepare(args, device), args.steps
     out = open_run(args)
     start = running.load(out, **run.parts)
@@ -916,7 +925,7 @@ def check_train(args: argparse.Namespace) -> None:
         args.method != "magic" or args.teacher == args.model,
         "magic moves the teacher towards the fake: give --teacher what --model is",
     )
-    amd.method(args.method, s=args.s, tau=args.tau)
+    method_of(args)
     running.require(
         args.batch % args.group == 0, f"--batch {args.batch}: take a multiple of --group"
     )

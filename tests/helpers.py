@@ -254,3 +254,25 @@ def pictures(folder, count=5):
         row = dict(file_name=f"{i}.png", text=f"noise number {i}")
         rows.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def wans_guess(net, code=None):
+    """The velocity (2, 16, 3, 4, 4) that Wan's transformer sees in latents, the same in each call.
+
+    code is of an exit; None for a transformer that may never have heard of exits.
+    """
+    from parts import wan_net
+
+    numbers = torch.Generator().manual_seed(1)
+    x_t = torch.randn(2, 16, 3, 4, 4, generator=numbers)
+    text = torch.randn(2, 8, 32, generator=numbers)
+    t = torch.tensor([0.3, 0.7])
+    dtype = net.patch_embedding.weight.dtype
+    with wan_net.told(net, code):
+        return net(x_t.to(dtype), 1000 * t, text.to(dtype)).sample
+
+
+def same_weights(net, other):
+    """Have two networks the same weights, by the same names?"""
+    ours, theirs = net.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(v.equal(theirs[k]) for k, v in ours.items())

@@ -460,8 +460,8 @@ def test_a_student_is_of_the_run_in_whose_folder_it_lies(tmp_path):
     (tmp_path / "else/config.json").write_text("{}")  # of a network
 
     for path in ("run", "run/student", "run/student_ema"):
-        assert running.run_of(tmp_path / path)["student_steps"] == 2
-    assert running.run_of(tmp_path / "else") == {}
+        assert running.config_of_student(tmp_path / path)["student_steps"] == 2
+    assert running.config_of_student(tmp_path / "else") == {}
 
 
 @pytest.mark.parametrize(

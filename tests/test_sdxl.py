@@ -1288,7 +1288,7 @@ def test_a_broken_image_is_named(drawn, tmp_path):
         run_main("sdxl", ["score", "--dry-run", "tiny", "--samples", out])
 
 
-def test_samples_of_other_prompts_are_not_compared(drawn, tmp_path):
+def test_samples_of_other_prompts_digest_not_compared(drawn, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(drawn, other)
     rows = sdxl.read_rows(other)
@@ -1345,6 +1345,7 @@ def files(tmp_path):
     row = dict(file_name=None, text="a fox")
     (tmp_path / "unnamed/metadata.jsonl").write_text(json.dumps(row))
     (tmp_path / "unfinished/checkpoints").mkdir(parents=True)
+    (tmp_path / "of_no_run/student").mkdir(parents=True)
 
     running.open_run(tmp_path / "other_script", dict(height=480))
     (tmp_path / "other_script/student").mkdir()
@@ -1389,6 +1390,7 @@ def files(tmp_path):
         ("--image-size -64", "--image-size: choose a multiple of 64"),
         ("--image-size 0", "--image-size: choose a multiple of 64"),
         ("--out empty", "--out empty is a file"),
+        ("--dry-run tiny --out of_no_run", "of_no_run has a student and no config.json"),
         ("--init images", "images holds no checkpoint"),
         ("--method dmd2 --real-data unnamed", "unnamed/None: there is no such file"),
         ("--method dmd2 --real-data images --prompts empty", "leave --prompts out"),
@@ -1411,7 +1413,7 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
     sdxl.open_run(args)
 
     path.write_text("a fox\na boat\n")
-    with pytest.raises(ValueError, match="prompts_are"):
+    with pytest.raises(ValueError, match="prompts_digest"):
         sdxl.open_run(args)
 
 

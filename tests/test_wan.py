@@ -1601,6 +1601,7 @@ def files(models, tmp_path):
     (tmp_path / "one_image.json").write_text(json.dumps(rows))
     (tmp_path / "lost.jsonl").write_text('{"prompt": "a fox", "image": "nowhere.png"}')
     (tmp_path / "turns.jsonl").write_text('{"prompts": ["a fox", "an owl"]}')
+    (tmp_path / "of_no_run/student").mkdir(parents=True)
     (tmp_path / "cut_short.jsonl").write_text('{"prompt": ')
     (tmp_path / "one_name.txt").write_text("fox")
     (tmp_path / "empty").touch()
@@ -1674,6 +1675,7 @@ TINY = "--dry-run tiny --no-compile"
             "only a stream changes its prompt",
         ),
         (f"sample {TINY} --init images", "images is no student of --model"),
+        (f"{TINY} --out of_no_run", "of_no_run has a student and no config.json"),
         ("score", "give --samples, folders of sample"),
         (f"score {TINY} --samples images", "images/videos.csv: there is no such file"),
     ],

@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 import running
-from helpers import CPU
+from helpers import CPU, same_weights, wans_guess
 from parts import tiny, unet, wan_net
 
 torch.set_num_threads(1)  # the networks are small
@@ -47,26 +47,6 @@ def load(folder, **dtypes):
 def net():
     """A tiny transformer of text to video, each test's own."""
     return tiny.wan_transformer("tiny")
-
-
-def guess(net, code=None):
-    """The velocity (2, 16, 3, 4, 4) that a transformer sees in latents, the same in each call.
-
-    code is of an exit; None for a transformer that may never have heard of exits.
-    """
-    numbers = torch.Generator().manual_seed(1)
-    x_t = torch.randn(2, 16, 3, 4, 4, generator=numbers)
-    text = torch.randn(2, 8, 32, generator=numbers)
-    t = torch.tensor([0.3, 0.7])
-    dtype = net.patch_embedding.weight.dtype
-    with wan_net.told(net, code):
-        return net(x_t.to(dtype), 1000 * t, text.to(dtype)).sample
-
-
-def same_weights(net, other):
-    """Have two networks the same weights, by the same names?"""
-    ours, theirs = net.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(v.equal(theirs[k]) for k, v in ours.items())
 
 
 # ------------------------------------------------------------------------------- pipelines of files
@@ -271,11 +251,11 @@ def test_blocks_are_compiled_to_one_program_and_hooks_stay_outside(net, monkeypa
         block.register_forward_pre_hook(partial(louder, 1.5 + i))
     # monkeypatch would take the setting away when it undoes it
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
-        before = guess(net)
+        before = wans_guess(net)
 
         wan_net.compile_blocks(net)
 
-        assert_close(guess(net), before)
+        assert_close(wans_guess(net), before)
         assert torch._dynamo.config.recompile_limit == 256
     assert len(programs) == 1
 
@@ -283,7 +263,7 @@ def test_blocks_are_compiled_to_one_program_and_hooks_stay_outside(net, monkeypa
 # ------------------------------------------------------------------------------ LoRAs to be trained
 def test_a_lora_is_on_attention_and_feed_forward_in_float32(net):
     """alpha is the rank. The base stays frozen in its own type, and guesses as before."""
-    before = guess(net)
+    before = wans_guess(net)
     net.bfloat16()
 
     wan_net.add_lora(net, rank=16)
@@ -300,7 +280,7 @@ def test_a_lora_is_on_attention_and_feed_forward_in_float32(net):
     assert all("lora" in name for name in trained)
     assert len(trained) == 2 * len(layers)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(guess(net).float(), before, rtol=0, atol=0.05)
+        assert_close(wans_guess(net).float(), before, rtol=0, atol=0.05)
 
 
 # -------------------------------------------------------------------------------------------- exits
@@ -311,15 +291,15 @@ def codes():
 
 def test_a_transformer_that_is_told_exits_begins_as_it_was(net):
     """Its layer is 0 at first, and has a gradient from the first update on."""
-    before = guess(net)
+    before = wans_guess(net)
 
     wan_net.tell_exits(net)
     first, _ = codes()
-    told = guess(net, first)
+    told = wans_guess(net, first)
     told.square().mean().backward()
 
     assert told.equal(before)
-    assert guess(net).equal(before)
+    assert wans_guess(net).equal(before)
     gradient = net.condition_embedder.time_embedder.exit_proj.weight.grad
     assert gradient.any(1).all()
 
@@ -335,13 +315,13 @@ def learned(net):
 @torch.no_grad()
 def test_two_exits_are_two_guesses_once_the_layer_has_learned(net):
     """Outside of `told` the transformer is the one that knows of no exits."""
-    plain = guess(net)
+    plain = wans_guess(net)
     learned(net)
     first, last = codes()
 
-    assert (guess(net, first) - guess(net, last)).abs().max() > 1e-3
-    assert (guess(net, first) - plain).abs().max() > 1e-3
-    assert guess(net).equal(plain)
+    assert (wans_guess(net, first) - wans_guess(net, last)).abs().max() > 1e-3
+    assert (wans_guess(net, first) - plain).abs().max() > 1e-3
+    assert wans_guess(net).equal(plain)
 
 
 @torch.no_grad()
@@ -351,34 +331,34 @@ def test_each_sample_is_told_its_own_exit(net):
     first, last = codes()
     both = torch.stack([first[0], last[0]])
 
-    assert_close(guess(net, both)[0], guess(net, first)[0])
-    assert_close(guess(net, both)[1], guess(net, last)[1])
+    assert_close(wans_guess(net, both)[0], wans_guess(net, first)[0])
+    assert_close(wans_guess(net, both)[1], wans_guess(net, last)[1])
 
 
 @torch.no_grad()
 def test_an_exit_is_forgotten_after_an_exception(net):
     """The next call may be of another exit, or of the teacher that shares the weights."""
-    plain = guess(net)
+    plain = wans_guess(net)
     learned(net)
 
     with pytest.raises(KeyboardInterrupt), wan_net.told(net, codes()[0]):
         raise KeyboardInterrupt
 
-    assert guess(net).equal(plain)
+    assert wans_guess(net).equal(plain)
 
 
 @torch.no_grad()
 def test_a_copy_is_told_its_own_exits(net):
     """Networks of a run are copies of one base; a hook that kept the first would mix them up."""
     learned(net)
-    plain = guess(net)
+    plain = wans_guess(net)
     twin = copy.deepcopy(net)
     twin.condition_embedder.time_embedder.exit_proj.weight.mul_(2)
     first, _ = codes()
 
     with wan_net.told(twin, first):
-        assert guess(net).equal(plain)
-    assert (guess(twin, first) - guess(net, first)).abs().max() > 1e-3
+        assert wans_guess(net).equal(plain)
+    assert (wans_guess(twin, first) - wans_guess(net, first)).abs().max() > 1e-3
 
 
 def test_the_layer_is_a_float32_part_of_a_transformer_in_half_precision(net):
@@ -394,10 +374,10 @@ def test_the_layer_is_a_float32_part_of_a_transformer_in_half_precision(net):
     assert dict(net.named_parameters())[name].requires_grad
     first, last = codes()
     with torch.no_grad():
-        assert guess(net, first).dtype == torch.bfloat16
-        assert (guess(net, first) - guess(net, last)).abs().max() > 1e-3
+        assert wans_guess(net, first).dtype == torch.bfloat16
+        assert (wans_guess(net, first) - wans_guess(net, last)).abs().max() > 1e-3
         with torch.autocast("cpu", torch.bfloat16):
-            assert guess(net, first).isfinite().all()
+            assert wans_guess(net, first).isfinite().all()
 
 
 def test_a_transformer_is_told_exits_once(net):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import running
+from helpers import same_weights, wans_guess
 from parts import rewards, tiny, wan_net, wan_students
 
 torch.set_num_threads(1)  # the networks are small
@@ -30,26 +31,6 @@ def seed():
 def net():
     """A tiny transformer of text to video, each test's own."""
     return tiny.wan_transformer("tiny")
-
-
-def guess(net, code=None):
-    """The velocity (2, 16, 3, 4, 4) that a transformer sees in latents, the same in each call.
-
-    code is of an exit; None for a transformer that may never have heard of exits.
-    """
-    numbers = torch.Generator().manual_seed(1)
-    x_t = torch.randn(2, 16, 3, 4, 4, generator=numbers)
-    text = torch.randn(2, 8, 32, generator=numbers)
-    t = torch.tensor([0.3, 0.7])
-    dtype = net.patch_embedding.weight.dtype
-    with wan_net.told(net, code):
-        return net(x_t.to(dtype), 1000 * t, text.to(dtype)).sample
-
-
-def same_weights(net, other):
-    """Have two networks the same weights, by the same names?"""
-    ours, theirs = net.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(v.equal(theirs[k]) for k, v in ours.items())
 
 
 def change(path, **new):
@@ -103,44 +84,9 @@ def test_the_folder_of_a_run_or_of_a_pipeline_is_read_for_its_transformer(net, t
         assert same_weights(adopted, student), path
 
 
-WANS_NAMES = {  # a piece of diffusers' key: Wan's, to be replaced in this order
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "condition_embedder.": "",
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "norm_added_k": "norm_k_img",
-    "add_k_proj": "k_img",
-    "add_v_proj": "v_img",
-    ".to_out.0": ".o",
-    ".to_": ".",
-    "norm2": "norm3",
-    "net.0.proj": "0",
-    "net.2": "2",
-    "embedder.linear_1": "embedding.0",
-    "embedder.linear_2": "embedding.2",
-    "time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    "scale_shift_table": "modulation",
-}
-
-
-def wans_name(key):
-    """diffusers' key in Wan's words.
-
-    They are written out here, for diffusers translates them when a file is read.
-    """
-    if key == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in WANS_NAMES.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
 def by_wans_names(net, prefix=""):
-    return {prefix + wans_name(k): v for k, v in net.state_dict().items()}
+    """A network's weights as Wan names them. When they are read, diffusers translates the names."""
+    return {prefix + wan_students.wans_name(k): v for k, v in net.state_dict().items()}
 
 
 def write_self_forcing(net, path):
@@ -285,7 +231,7 @@ def save_with_diffusers_old_names(adapted, folder):
 def save_as_comfy(adapted, folder):
     """Wan's layers with lora_A and lora_B, as DiffSynth and ai-toolkit write them."""
     state = keys_of(adapted, scale=0.5)
-    state = {f"diffusion_model.{wans_name(k)}": v for k, v in state.items()}
+    state = {f"diffusion_model.{wan_students.wans_name(k)}": v for k, v in state.items()}
     save_file(state, folder / "comfy.safetensors")
 
 
@@ -293,7 +239,7 @@ def save_with_alphas(adapted, folder):
     """Wan's layers with lora_down, lora_up and an alpha, as lightx2v's are."""
     state = {}
     for k, v in keys_of(adapted).items():
-        k = wans_name(k).replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        k = wan_students.wans_name(k).replace("lora_A", "lora_down").replace("lora_B", "lora_up")
         state[f"diffusion_model.{k}"] = v.bfloat16()
         state[f"diffusion_model.{k.split('.lora_')[0]}.alpha"] = torch.tensor(2.0)
     save_file(state, folder / "alphas.safetensors")
@@ -303,7 +249,7 @@ def save_as_musubi(adapted, folder):
     """lora_unet_LAYER, with underscores for dots, and an alpha for each layer."""
     state = {}
     for k, v in keys_of(adapted).items():
-        layer, half = wans_name(k).split(".lora_")
+        layer, half = wan_students.wans_name(k).split(".lora_")
         name = f"lora_unet_{layer.replace('.', '_')}"
         state[f"{name}.lora_{'down' if half.startswith('A') else 'up'}.weight"] = v
         state[f"{name}.alpha"] = torch.tensor(2.0)
@@ -317,7 +263,7 @@ def save_as_longlive(adapted, folder):
     """
     state = {}
     for k, v in keys_of(adapted, scale=0.5).items():
-        key = wans_name(k).replace("blocks.0.", "blocks.0._fsdp_wrapped_module.")
+        key = wan_students.wans_name(k).replace("blocks.0.", "blocks.0._fsdp_wrapped_module.")
         state[f"base_model.model.{key}"] = v
     critic = {k: torch.zeros_like(v) for k, v in state.items()}
     torch.save(dict(generator_lora=state, critic_lora=critic, step=3), folder / "lora.pt")
@@ -355,16 +301,16 @@ def test_a_lora_is_all_there_whoever_wrote_it(net, tmp_path, save, options):
     adapted = with_lora(net, **options)
     save(adapted, tmp_path)
     path = tmp_path / "lora.pt" if save is save_as_longlive else tmp_path
-    wanted = guess(adapted.base_model.model)
-    assert (wanted - guess(net)).abs().max() > 0.02
+    wanted = wans_guess(adapted.base_model.model)
+    assert (wanted - wans_guess(net)).abs().max() > 0.02
 
     beside = copy.deepcopy(net)
     wan_students.adopt(beside, path, fuse=False)
     wan_students.adopt(net, path)
 
     tolerance = 2e-3 if save is save_with_alphas else 1e-5  # that file is in bfloat16
-    assert_close(guess(beside), wanted, rtol=0, atol=tolerance)
-    assert_close(guess(net), wanted, rtol=0, atol=tolerance)
+    assert_close(wans_guess(beside), wanted, rtol=0, atol=tolerance)
+    assert_close(wans_guess(net), wanted, rtol=0, atol=tolerance)
     assert len(running.adapters(beside)) == len(running.adapters(adapted))
     assert not running.adapters(net)
     for network in (net, beside):
@@ -392,7 +338,7 @@ def test_a_lora_of_image_to_video_is_all_there(tmp_path):
 def test_differences_of_weights_and_biases_are_added(net, tmp_path):
     """lightx2v's LoRAs have them, for norms, too; diffusers loses those of norms without a word."""
     adapted = with_lora(net, lora_alpha=4)
-    state = {f"diffusion_model.{wans_name(k)}": v for k, v in keys_of(adapted).items()}
+    state = {f"diffusion_model.{wan_students.wans_name(k)}": v for k, v in keys_of(adapted).items()}
     bias, norm, query = torch.randn(3, 24)
     state["diffusion_model.blocks.1.self_attn.q.diff_b"] = bias.clone()
     state["diffusion_model.blocks.1.norm3.diff"] = norm.clone()
@@ -417,7 +363,7 @@ def test_a_lora_may_be_given_by_its_file(net, tmp_path):
 
     wan_students.adopt(net, tmp_path / "musubi.safetensors")
 
-    assert_close(guess(net), guess(first.base_model.model), rtol=0, atol=1e-5)
+    assert_close(wans_guess(net), wans_guess(first.base_model.model), rtol=0, atol=1e-5)
 
 
 def test_a_lora_is_fused_in_float32(net, tmp_path):
@@ -447,7 +393,7 @@ def test_a_lora_is_fused_in_float32(net, tmp_path):
             assert v.equal(before[k])
     halves_beside = [p for name, p in beside.named_parameters() if ".lora_" in name]
     assert {p.dtype for p in halves_beside} == {torch.float32}
-    assert guess(beside).dtype == torch.bfloat16
+    assert wans_guess(beside).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("given", ["run", "run/student", "run/student_ema", "a file of it"])
@@ -463,7 +409,7 @@ def test_a_runs_lora_stands_on_the_init_of_the_run(net, tmp_path, given):
 
     wan_students.adopt(net, tmp_path / (file if given == "a file of it" else given))
 
-    assert_close(guess(net), guess(adapted.base_model.model), rtol=0, atol=1e-5)
+    assert_close(wans_guess(net), wans_guess(adapted.base_model.model), rtol=0, atol=1e-5)
 
 
 def test_a_runs_whole_student_needs_no_init(net, tmp_path):
@@ -574,13 +520,19 @@ def write_lora_with_half_a_layer(net, folder):
 
 def write_dora_of_another_tool(net, folder):
     """diffusers reads it as a LoRA, without its magnitudes."""
-    state = {f"diffusion_model.{wans_name(k)}": v for k, v in keys_of(with_lora(net)).items()}
+    state = {
+        f"diffusion_model.{wan_students.wans_name(k)}": v
+        for k, v in keys_of(with_lora(net)).items()
+    }
     state["diffusion_model.blocks.0.self_attn.q.dora_scale"] = torch.ones(24, 1)
     save_file(state, folder / "x.safetensors")
 
 
 def write_difference_of_another_width(net, folder):
-    state = {f"diffusion_model.{wans_name(k)}": v for k, v in keys_of(with_lora(net)).items()}
+    state = {
+        f"diffusion_model.{wan_students.wans_name(k)}": v
+        for k, v in keys_of(with_lora(net)).items()
+    }
     state["diffusion_model.patch_embedding.diff"] = torch.zeros(24, 36, 1, 2, 2)
     save_file(state, folder / "x.safetensors")
 
@@ -648,7 +600,7 @@ def test_no_code_of_a_file_is_run(net, tmp_path):
 # --------------------------------------------------------------------------------- files for others
 @pytest.mark.parametrize("i2v", [False, True], ids=["t2v", "i2v"])
 def test_a_student_for_comfyui_has_wans_names_and_is_read_again(tmp_path, i2v):
-    """The names are those written out above; diffusers' own translation finds all weights again."""
+    """The names are Wan's own; diffusers' translation of them finds all weights again."""
     net = tiny.wan_transformer("tiny", i2v)
     student = other(net)
     student.save_pretrained(tmp_path / "student")
@@ -672,7 +624,7 @@ def test_a_lora_for_comfyui_has_wans_names_and_is_read_again(net, tmp_path):
     assert "diffusion_model.blocks.0.self_attn.o.lora_A.weight" in written
     assert "diffusion_model.blocks.1.ffn.2.lora_B.weight" in written
     wan_students.adopt(net, tmp_path / "comfyui.safetensors")
-    assert_close(guess(net), guess(adapted.base_model.model), rtol=0, atol=1e-5)
+    assert_close(wans_guess(net), wans_guess(adapted.base_model.model), rtol=0, atol=1e-5)
 
 
 def test_self_forcings_start_is_downloaded(net, tmp_path, monkeypatch):
