@@ -727,6 +727,36 @@ def mean_std(rows: list[dict]) -> dict:
     return {k: [v.mean().item(), v.std().item()] for k, v in columns.items()}
 
 
+def interval(values: Sequence[float]) -> list[float]:
+    """The mean of numbers, one a seed, and half the width of its 95 % interval by Student's t.
+
+    A single number has no interval: its half width is NaN.
+    """
+    from scipy.stats import t as student_t
+
+    v = torch.tensor(values, dtype=torch.float64)
+    if len(v) == 1:
+        return [v.item(), math.nan]
+    half = student_t.ppf(0.975, len(v) - 1).item() * v.std().item() / len(v) ** 0.5
+    return [v.mean().item(), half]
+
+
+def compared(rows: list[dict], others: list[dict]) -> dict[str, list[float]]:
+    """How numbers differ from others, seed by seed -> the interval of each difference."""
+    return {k: interval([a[k] - b[k] for a, b in zip(rows, others, strict=True)]) for k in rows[0]}
+
+
+def draw_differences(panels: Sequence, differences: dict[str, dict], measures: Sequence) -> None:
+    """A panel for each measure: the differences of each arm, with their intervals."""
+    at = range(len(differences), 0, -1)
+    for ax, measure in zip(panels, measures, strict=True):
+        mean, half = zip(*(row[measure] for row in differences.values()), strict=True)
+        ax.errorbar(mean, at, xerr=half, fmt="o", ms=3, capsize=3)
+        ax.axvline(0, color="grey", lw=0.8)
+        ax.set(title=f"{measure}: difference", yticks=[])
+    panels[0].set_yticks(at, [*differences], fontsize=7)
+
+
 def show(arms: dict[str, dict]) -> None:
     """Print a table: an arm a row, a measure a column.
 

@@ -9,6 +9,13 @@
     python toy2d.py --figure exits        # a student of four steps, exit by exit
     python toy2d.py --animate             # DMD, naive and AMD, moving
 
+Ideas beyond the paper, each compared with what it would replace, seed by seed (docs/findings.md):
+
+    python toy2d.py --figure operators    # other ways to join matching and guidance
+    python toy2d.py --figure sensors      # what may stand in for the reward
+    python toy2d.py --figure dsa          # Dynamic Score Adaptation with guidance
+    python toy2d.py --figure fakes        # what one may do about exits
+
 A laptop with two cores does. Each figure is written to --out as a picture and a table in json, and
 the table is printed: mean and standard deviation over seeds, each of which is a process of its own.
 A condition is a class, which is a row of the grid; class 3 is the empty condition.
@@ -31,6 +38,7 @@ from torch import Tensor, nn
 
 import amd
 import running
+from parts import beyond
 
 STD, SPACING = 0.15, 2.0
 MODES = torch.tensor([[x, y] for y in (-1, 0, 1) for x in (-1, 0, 1)]) * SPACING  # 3 row + column
@@ -153,7 +161,9 @@ class Arm:
     levels   of the student's steps, falling from 1
     learned  is the teacher the fitted network, and not the exact one?
     sharpen  False: W = 1, so that Dynamic Score Adaptation works alone
-    aware    is the fake told the exit of a sample?
+    exits    what is done about them, of beyond.EXITS
+    operator of beyond.operators_of, which changes the displacements
+    sensor   of `sensors_of`, which stands in for the reward; "" = the reward
     """
 
     method: str = "amd"
@@ -165,7 +175,9 @@ class Arm:
     levels: tuple[float, ...] = (1.0,)
     learned: bool = False
     sharpen: bool = True
-    aware: bool = False
+    exits: str = "one fake"
+    operator: str = ""
+    sensor: str = ""
     fake_steps: int = 4
 
 
@@ -194,6 +206,7 @@ class Result(NamedTuple):
 
     shots: dict[int, Tensor]  # by update, of its sampler
     exits: list[Tensor]  # in the end, exit by exit
+    calls: dict[str, float]  # of each network, for a sample of a student update
 
     @property
     def last(self) -> Tensor:
@@ -228,8 +241,12 @@ def distill(job: Job) -> Result:
     arm, seed = job.arm, job.seed
     steps = job.steps
     student, fake = loaded(job.start), loaded(job.start)
-    real, blended = loaded(job.start), loaded(job.start)
+    real, blended, averaged = loaded(job.start), loaded(job.start), loaded(job.start)
+    counts = dict(student=0, fake=0, teacher=0)
+    G = counted(amd.x0_from_flow(student), counts, "student")
+    psi = counted(amd.x0_from_flow(fake), counts, "fake")
     teacher = amd.x0_from_flow(real) if arm.learned else exact_teacher
+    teacher = counted(teacher, counts, "teacher")
     # no momentum, for student and fake chase each other
     adam = {
         net: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), fused=True)
@@ -241,8 +258,13 @@ def distill(job: Job) -> Result:
         y = ((torch.arange(job.batch // job.K) + n) % 3).repeat_interleave(job.K)
         return Condition(y, torch.randn(job.batch, 2, generator=running.seeded(seed, n)))
 
-    def generate(c, u):
+    def simulate(c, u):
         return amd.backward_simulation(amd.x0_from_flow(student), c.z, c, arm.levels, u)
+
+    generation = beyond.generation(arm.exits, G, arm.levels)
+
+    def generate(c, u):
+        return generation(c.z, c, u)
 
     def truth(c):
         """DMD's pairs, or DMD2's data."""
@@ -255,22 +277,32 @@ def distill(job: Job) -> Result:
         amd.blend(blended, real, fake, r)
         return amd.x0_from_flow(blended)
 
-    def aware(c, t_G):
+    def told(c, t_G):
         return c._replace(exit=torch.full_like(c.y, arm.levels.index(t_G)))
+
+    guess, aware = psi, told if arm.exits == "exit-aware" else None
+    if arm.exits == "weighted":
+        guess, aware = beyond.weighted(psi, arm.levels)
 
     hyper = dict(s=arm.s, tau=arm.tau, fade=max(1, steps // 2))
     method = amd.method(arm.method, lam=arm.lam, unit_w=True, **hyper)
     if not arm.sharpen:
         method = method._replace(W=amd.W_one)
+    if arm.operator:
+        average = counted(amd.x0_from_flow(averaged), counts, "fake")
+        method = method._replace(F_t=beyond.operators_of(average)[arm.operator])
+    reward = reward_of(arm.reward)
+    if arm.sensor:
+        reward = sensors_of(reward, teacher, psi)[arm.sensor]
     updates = amd.train(
         method,
         generate,
         teacher,
-        amd.x0_from_flow(fake),
+        guess,
         batch,
         adam[student],
         adam[fake],
-        reward=reward_of(arm.reward),
+        reward=reward,
         K=job.K,
         null=null,
         w=arm.w,
@@ -278,7 +310,7 @@ def distill(job: Job) -> Result:
         truth=truth,
         logits=logits,
         adapt=adapt,
-        aware=aware if arm.aware else None,
+        aware=aware,
         fake_steps=arm.fake_steps,
         seed=seed,
     )
@@ -287,16 +319,53 @@ def distill(job: Job) -> Result:
     c, shots = Condition(torch.arange(SAMPLES) % 3, z), {}
     for step in range(steps):
         if step in job.shots:
-            shots[step] = amd.rollout(generate, c, 1.0, seed, grad=False).x
+            shots[step] = amd.rollout(simulate, c, 1.0, seed, grad=False).x
         fall = min(1.0, (1 - step / steps) / 0.8)
         for opt, lr in zip(adam.values(), (STUDENT_LR, FAKE_LR), strict=True):
             opt.param_groups[0]["lr"] = lr * fall
         next(updates)
+        if arm.operator:
+            beyond.follow(averaged, fake)
         running.tick(step)
-    shots[steps] = amd.rollout(generate, c, 1.0, seed, grad=False).x
+    shots[steps] = amd.rollout(simulate, c, 1.0, seed, grad=False).x
     count = len(arm.levels)
-    exits = [amd.rollout(generate, c, (i + 0.5) / count, seed, False).x for i in range(count)]
-    return Result(shots, exits)
+    exits = [amd.rollout(simulate, c, (i + 0.5) / count, seed, False).x for i in range(count)]
+    calls = {name: count / steps / job.batch for name, count in counts.items()}
+    return Result(shots, exits, calls)
+
+
+def counted(denoise: amd.Denoiser, counts: dict[str, int], name: str) -> amd.Denoiser:
+    """The same Denoiser, which adds the samples that it is asked for to counts."""
+
+    def call(x_t, t, c):
+        counts[name] += len(x_t)
+        return denoise(x_t, t, c)
+
+    return call
+
+
+SENSED_AT = 0.4  # the noise level at which sensors ask the teachers
+SPURIOUS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])  # between the modes
+
+
+def hackable(reward: Callable, at: Tensor) -> Callable:
+    """A reward that also likes one place off the modes, twice as much as any mode."""
+    return lambda x, c: reward(x, c) + 2 * (-(x - at).square().sum(1) / (2 * 0.4**2)).exp()
+
+
+def sensors_of(
+    reward: Callable, real: amd.Denoiser, fake: amd.Denoiser, t: float = SENSED_AT
+) -> dict[str, beyond.Sensor]:
+    """What may stand in for the reward, by name."""
+    three = [hackable(reward, at) for at in SPURIOUS]
+    return {
+        "disagreement": beyond.disagreement(real, fake, t),
+        "inconsistency": beyond.inconsistency(real, t),
+        "reward of the target": beyond.of_target(reward, real, fake, t),
+        "hackable reward": three[0],
+        "mean of three hackable": beyond.ensemble(three),
+        "worst of three hackable": beyond.ensemble(three, worst=True),
+    }
 
 
 @torch.no_grad()
@@ -372,15 +441,6 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
     return {k: float(v) for k, v in values.items()}
 
 
-def interval(values: list[float]) -> list[float]:
-    """The mean over seeds, and half the width of its 95 % interval."""
-    from scipy.stats import t as student_t
-
-    v = torch.tensor(values, dtype=torch.float64)
-    half = student_t.ppf(0.975, len(v) - 1).item() * v.std().item() / len(v) ** 0.5
-    return [v.mean().item(), half]
-
-
 def table(results: dict[str, list[Result]], reward: str) -> dict:
     """The measures of each arm's last samples, mean and std over seeds."""
     return {
@@ -407,6 +467,8 @@ class Lab:
     batch: int
     seeds: range
     fake_steps: int = 4
+    student_steps: int = 4
+    only: str = ""
 
     def starts(self) -> list[dict]:
         """The fitted network of each seed."""
@@ -418,13 +480,14 @@ class Lab:
     ) -> dict[str, list[Result]]:
         """Every arm with every seed, from one start a seed."""
         starts = self.starts()
-        arms = {k: dataclasses.replace(v, fake_steps=self.fake_steps) for k, v in arms.items()}
-        common = dict(steps=steps or self.steps, K=self.group, batch=self.batch)
-        jobs = [
-            Job(seed, arm=arm, start=start, shots=frozenset(shots), **common)
-            for arm in arms.values()
-            for seed, start in zip(self.seeds, starts, strict=True)
-        ]
+        common = dict(K=self.group, batch=self.batch, shots=frozenset(shots))
+        jobs = []
+        for arm in arms.values():
+            more = beyond.more_updates(arm.exits)
+            arm = dataclasses.replace(arm, fake_steps=more * self.fake_steps)
+            for seed, start in zip(self.seeds, starts, strict=True):
+                job = Job(seed, (steps or self.steps) // more, arm=arm, start=start, **common)
+                jobs.append(job)
         results = iter(self.workers.map(distill, jobs, "distill"))
         return {name: [next(results) for _ in self.seeds] for name in arms}
 
@@ -564,7 +627,7 @@ def exits(lab: Lab):
     ):
         arm = Arm(method, reward, lab.s, tau, levels=(1.0, 0.75, 0.5, 0.25))
         arms[f"{name}, one fake"] = arm
-        arms[f"{name}, exit-aware"] = dataclasses.replace(arm, aware=True)
+        arms[f"{name}, exit-aware"] = dataclasses.replace(arm, exits="exit-aware")
     results = lab.run(arms)
 
     figure, panels = axes(len(arms), 4, 2.2)
@@ -597,7 +660,7 @@ def tilt(lab: Lab):
             a, y, weight = advantage_and_tilt(run.last, lab.group)
             slopes.append(((weight * a) @ y / ((weight * a) @ a)).item())
             ax.plot(a, y, ".", color=f"C{i}", ms=5)
-        mean, half = interval(slopes)
+        mean, half = running.interval(slopes)
         label = f"{name}: slope {mean:.2f}, law {1 / tau:g}"
         ax.plot(line, line / tau, color=f"C{i}", lw=1, label=label)
         own = running.mean_std([measure(run.last, "global") for run in runs])
@@ -630,6 +693,139 @@ def advantage_and_tilt(x: Tensor, K: int) -> Tensor:
         point[:2] -= centre[:, None]
         points.append(point)
     return torch.cat(points, 1)
+
+
+# ------------------------------------------------------------------------ ideas beyond the paper
+def operators(lab: Lab):
+    """Other ways to join matching and guidance, at w = 1.5 with a learned teacher, against AMD.
+
+    Some take a part of the guidance away; their rival is AMD with less guidance.
+    """
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau, w=1.5, learned=True)
+    arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
+    arms |= {
+        f"AMD, {name}": Arm("amd", operator=name, **common) for name in beyond.operators_of(None)
+    }
+    for w in (1.25, 1.0):
+        arms[f"AMD, w = {w:g}"] = dataclasses.replace(arms["AMD"], w=w)
+    return compare(lab, arms, dict.fromkeys(arms, "AMD"))
+
+
+def dsa(lab: Lab):
+    """What Dynamic Score Adaptation does with guidance, alone and beside sharpening."""
+    arms, against = {}, {}
+    for w in (1.25, 2.0):
+        common = dict(reward=lab.reward, tau=lab.tau, w=w, learned=True)
+        dmd, rls = f"w = {w:g}: DMD", f"w = {w:g}: sharpening alone"
+        arms[dmd] = Arm("dmd", **common)
+        arms[rls] = Arm("amd", s=0.0, **common)
+        against[rls] = dmd
+        for s in (0.25, 0.5, 1.0):
+            alone, both = f"w = {w:g}: DSA alone, s = {s:g}", f"w = {w:g}: AMD, s = {s:g}"
+            arms[alone] = Arm("amd", s=s, sharpen=False, **common)
+            arms[both] = Arm("amd", s=s, **common)
+            against |= {alone: dmd, both: rls}
+    return compare(lab, arms, against)
+
+
+def sensors(lab: Lab):
+    """What may stand in for the reward: does it rank like the energy, and what AMD does with it."""
+    common = dict(reward=lab.reward, s=lab.s, tau=lab.tau, learned=True)
+    arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
+    names = sensors_of(reward_of(lab.reward), None, None)
+    arms |= {f"AMD, {name}": Arm("amd", sensor=name, **common) for name in names}
+    figure, told = compare(lab, arms, dict.fromkeys(arms, "DMD"))
+
+    common = dict(steps=3 * lab.steps, K=lab.group, arm=Arm(reward=lab.reward))
+    starts = zip(lab.seeds, lab.starts(), strict=True)
+    jobs = [Job(seed, start=start, **common) for seed, start in starts]
+    ranks = lab.workers.map(ranks_of_sensors, jobs, "sensors")
+    told["ranks"] = {k: running.interval([seed[k] for seed in ranks]) for k in ranks[0]}
+    for name, (mean, half) in told["ranks"].items():
+        print(f"rank correlation with -E_real, {name}: {mean:.3f} +- {half:.3f}")
+    return figure, told
+
+
+@torch.no_grad()
+def ranks_of_sensors(job: Job) -> dict[str, float]:
+    """Spearman's correlation of each sensor with -E_real, over the plane and on bad samples.
+
+    Those are of the fitted network in two steps, and the fake is trained on them.
+    """
+    from scipy.stats import spearmanr
+
+    torch.manual_seed(job.seed)
+    denoise, reward = amd.x0_from_flow(loaded(job.start)), reward_of(job.arm.reward)
+
+    def bad_student(y):
+        z = torch.randn(len(y), 2)
+        return amd.backward_simulation(denoise, z, Condition(y), [1.0, 0.5]).x
+
+    with torch.enable_grad():
+        fake = amd.x0_from_flow(learn_fake(job, amd.W_one, lambda y: bad_student(y).detach()))
+    y = torch.arange(SAMPLES) % 3
+    places = {
+        "plane": (grid(161), Condition(torch.full((161 * 161,), 3))),
+        "bad student": (bad_student(y), Condition(y)),
+    }
+    ranks = {}
+    for where, (x, c) in places.items():
+        sensors = {"reward": reward}
+        for t in LEVELS_OF_PUSH:
+            of_level = sensors_of(reward, denoise, fake, t)
+            asks_teachers = [*of_level][:3]
+            sensors |= {f"{name}, t = {t}": of_level[name] for name in asks_teachers}
+        sensors |= {name: of_level[name] for name in [*of_level][3:]}
+        for name, sense in sensors.items():
+            rank = spearmanr(sense(x, c), -energy(x)).statistic
+            ranks[f"{where}: {name}"] = float(rank)
+    return ranks
+
+
+def fakes(lab: Lab):
+    """What one may do about the exits of a student, against one fake for all.
+
+    DMD is measured against the whole teacher, AMD against the reward's target.
+    """
+    levels = tuple(1 - i / lab.student_steps for i in range(lab.student_steps))
+    arms, against = {}, {}
+    for name, method, reward in (("DMD", "dmd", "global"), ("AMD", "amd", lab.reward)):
+        for kind in beyond.EXITS:
+            arms[f"{name}, {kind}"] = Arm(method, reward, lab.s, lab.tau, levels=levels, exits=kind)
+            against[f"{name}, {kind}"] = f"{name}, one fake"
+    del arms["DMD, mixed"]  # it has no groups
+    return compare(lab, arms, against)
+
+
+def compare(lab: Lab, arms: dict[str, Arm], against: dict[str, str]):
+    """Every arm with every seed, and how it differs from the arm that it is compared with.
+
+    Differences are taken seed by seed; they have 95 % intervals. Half of lab.steps is enough.
+    """
+    arms = {name: arm for name, arm in arms.items() if name.startswith(lab.only)}
+    results = lab.run(arms, steps=lab.steps // 2)
+    rows = {}
+    for name, runs in results.items():
+        *before, last = zip(*(run.exits for run in runs), strict=True)
+        for number, samples in enumerate(before, 1):
+            rows[f"{name}, exit {number}"] = [measure(x, arms[name].reward) for x in samples]
+        rows[name] = [measure(x, arms[name].reward) for x in last]
+    pairs = [(name, other) for name, other in against.items() if name != other]
+    pairs = [(name, other) for name, other in pairs if {name, other} <= rows.keys()]
+    differ = {name: running.compared(rows[name], rows[other]) for name, other in pairs}
+
+    measures = ("off", "bad", "sw2", "reward", "spread")
+    figure, (panels,) = axes(1, len(measures), 3.0)
+    running.draw_differences(panels, differ, measures)
+    running.show(differ)
+    told = dict(
+        arms={name: running.mean_std(of_seeds) for name, of_seeds in rows.items()},
+        seeds=rows,
+        differences={name: row | dict(against=against[name]) for name, row in differ.items()},
+        calls={name: runs[0].calls for name, runs in results.items()},
+        tau=lab.tau,
+    )
+    return figure, told
 
 
 # ------------------------------------------------------------------------------ the Forbidden Zone
@@ -790,7 +986,7 @@ def zone(lab: Lab):
         for seed, start in zip(lab.seeds, lab.starts(), strict=True)
     ]
     runs = lab.workers.map(study, jobs, "study")
-    numbers = {k: interval([out[k] for out, _ in runs]) for k in runs[0][0]}
+    numbers = {k: running.interval([out[k] for out, _ in runs]) for k in runs[0][0]}
     _, fields = runs[0]
 
     figure, (top, bottom) = axes(2, 4, 3.0)
@@ -887,6 +1083,10 @@ FIGURES = {
     "methods": methods,
     "tilt": tilt,
     "exits": exits,
+    "operators": operators,
+    "sensors": sensors,
+    "dsa": dsa,
+    "fakes": fakes,
 }
 
 
@@ -896,7 +1096,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--figure", choices=[*FIGURES, "all"], default="shaping")
     what.add_argument("--animate", action="store_true", help="write shaping.gif instead")
     what.add_argument(
-        "--reward", choices=GOOD, help="default: selective; for naive, corner (Fig. 8)"
+        "--reward",
+        choices=GOOD,
+        help="default: selective; for naive, corner (Fig. 8); for sensors, global",
     )
     what.add_argument("--out", type=Path, default=Path("runs/toy2d"), help="folder (runs/toy2d)")
     how = parser.add_argument_group("method and optimisation")
@@ -909,6 +1111,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--steps", type=int, default=2000, help="student updates (2,000)")
     how.add_argument("--fit", type=int, default=4000, help="steps of the fit at the start (4,000)")
     how.add_argument("--fake-steps", type=int, default=4, help="fake updates in each (4)")
+    how.add_argument(
+        "--student-steps", type=int, default=4, help="of fakes: steps of the student (4)"
+    )
+    how.add_argument(
+        "--only",
+        default="",
+        help="of operators, sensors, dsa and fakes: arms whose name begins so (all)",
+    )
     how.add_argument("--seed", type=int, default=0, help="the first seed (0)")
     how.add_argument("--seeds", type=int, help="how many (1 for shaping and --animate, else 5)")
     return parser.parse_args(argv)
@@ -919,7 +1129,7 @@ def check(args: argparse.Namespace) -> None:
     tau = 1.0 if args.tau is None else args.tau
     amd.method("amd", s=args.s, tau=tau)
     amd.group_advantage(torch.zeros(max(0, args.batch)), args.group)
-    for name in ("batch", "steps", "fit", "fake_steps", "seeds"):
+    for name in ("batch", "steps", "fit", "fake_steps", "student_steps", "seeds"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose at least 1")
@@ -928,9 +1138,10 @@ def check(args: argparse.Namespace) -> None:
 def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers) -> Lab:
     """The settings of a figure, which has defaults of its own.
 
-    The strawman's is the corner reward, as in Fig. 8; tau is small where a reward suppresses modes.
+    The strawman's is the corner reward, as in Fig. 8; sensors find what is off all modes. tau is
+    small where a reward suppresses modes.
     """
-    reward = args.reward or ("corner" if figure == "naive" else "selective")
+    reward = args.reward or dict(naive="corner", sensors="global").get(figure, "selective")
     tau = 0.5 if figure == "methods" else TAU[reward]
     seeds = args.seeds or (1 if figure in ("shaping", "animate") else 5)
     return Lab(
@@ -944,6 +1155,8 @@ def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers) -> L
         batch=args.batch,
         seeds=range(args.seed, args.seed + seeds),
         fake_steps=args.fake_steps,
+        student_steps=args.student_steps,
+        only=args.only,
     )
 
 

@@ -5,11 +5,13 @@
     python toy_images.py --reward linear --arms DMD AMD DMDR  # a reward that is easily hacked
     python toy_images.py --data cifar10                    # one GPU
     python toy_images.py --data FOLDER --image-size 32     # FOLDER/class/*.png
+    python toy_images.py --study exits --init runs/toy_images --out runs/exits  # beyond the paper
 
 A SiT in pixel space learns the images, a few-step student of it is trained by pure DMD, and from
 that one base every arm goes on, with every seed. One classifier is the reward; another, the judge,
 measures what comes out. --out gets table.json, curves.png and samples.png; the table is printed,
-mean and standard deviation over seeds. An interrupted lab goes on with --resume.
+mean and standard deviation over seeds. A study (docs/findings.md) compares its arms seed by seed,
+too, and gets differences.png. An interrupted lab goes on with --resume.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 import amd
 import running
+from parts import beyond
 from parts.images import labelled_folder, open_image
 from parts.metrics import LEAST, frechet_distance, inception_score, precision_recall
 from parts.rewards import log_p
@@ -40,6 +43,62 @@ ARMS = {  # the row of amd.METHODS, and what differs from the command line
     "AMD": ("amd", {}),
     "DMDR": ("dmdr", {}),
     "naive": ("naive", {}),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Ideas beyond the paper, measured: docs/findings.md.
+
+    arms      as ARMS has them; `operator` is one of beyond.operators_of
+    against   the arm that each arm is compared with, at its w and kind of exits
+    settings  defaults of the command line
+    kinds     of beyond.EXITS; a kind is compared with "one fake", of the same arm
+    """
+
+    arms: dict[str, tuple[str, dict]]
+    against: dict[str, str]
+    settings: dict
+    kinds: tuple[str, ...] = ()
+
+
+def study_of_dsa() -> Study:
+    """Does Dynamic Score Adaptation do anything where there is guidance, alone or with RLS?"""
+    arms = {"DMD": ("dmd", {}), "RLS only": ("amd", dict(s=0.0))}
+    against = {"RLS only": "DMD"}
+    for s in (0.25, 0.5, 1.0):
+        arms[f"DSA only, s = {s:g}"] = ("amd", dict(s=s, tau=math.inf))
+        arms[f"AMD, s = {s:g}"] = ("amd", dict(s=s))
+        against |= {f"DSA only, s = {s:g}": "DMD", f"AMD, s = {s:g}": "RLS only"}
+    return Study(arms, against, dict(w=[1.25, 2.0]))
+
+
+def study_of_hacking() -> Study:
+    """What is a reward worth, and what does it cost, by DMDR's weight and by AMD's temperature?"""
+    arms = {"DMD": ("dmd", {})}
+    arms |= {f"DMDR, lam = {lam:g}": ("dmdr", dict(lam=lam)) for lam in (0.05, 0.15, 0.5)}
+    arms |= {f"AMD, tau = {tau:g}": ("amd", dict(tau=tau)) for tau in (1.0, 0.5, 0.25)}
+    return Study(arms, dict.fromkeys([*arms][1:], "DMD"), dict(reward="linear"))
+
+
+def study_of_operators() -> Study:
+    """Other ways to join matching and guidance."""
+    arms = {"DMD": ("dmd", {}), "AMD": ("amd", {})}
+    arms |= {f"AMD, {name}": ("amd", dict(operator=name)) for name in beyond.operators_of(None)}
+    against = {name: "AMD" for name in arms if name != "AMD"}
+    return Study(arms, against, dict(w=[1.5]))
+
+
+STUDIES = {
+    "operators": study_of_operators(),
+    "dsa": study_of_dsa(),
+    "exits": Study(
+        {"DMD": ("dmd", {}), "AMD": ("amd", {})},
+        {"AMD": "DMD"},
+        dict(student_steps=4),
+        tuple(beyond.EXITS),
+    ),
+    "hacking": study_of_hacking(),
 }
 SHOWN = ("FD", "IS", "reward", "recall")  # in curves.png
 HELD_OUT = 5  # each fifth image is not trained on
@@ -59,6 +118,7 @@ class Lab:
 
     out: Path = Path("runs/toy_images")
     root: Path = Path("runs/toy_images")
+    study: str = ""
     data: str = "digits"
     image_size: int = 8
     model: str = "digits/2"
@@ -87,6 +147,11 @@ class Lab:
     def levels(self) -> list[float]:
         """The levels of the student's steps."""
         return [1 - i / self.student_steps for i in range(self.student_steps)]
+
+    @property
+    def arms(self) -> dict[str, tuple[str, dict]]:
+        """The row of amd.METHODS of each arm, and what differs from the command line."""
+        return STUDIES[self.study].arms if self.study else ARMS
 
     @property
     def settings(self) -> dict:
@@ -123,7 +188,7 @@ class Job:
 
     what   the network that is fitted, or the arm that is trained or measured
     out    the folder of a training run
-    aware  is the fake told the exit of a sample?
+    exits  what is done about them, of beyond.EXITS
     base   the run that an arm starts from; None: it is the base
     """
 
@@ -132,7 +197,7 @@ class Job:
     steps: int
     w: float = 1.0
     seed: int = 0
-    aware: bool = False
+    exits: str = "one fake"
     out: Path | None = None
     base: Path | None = None
 
@@ -360,14 +425,15 @@ def distill(job: Job) -> None:
         return
     images = read_images(lab.data, lab.image_size)
     teacher = fitted(lab, "teacher")
-    student, fake, blended = (
+    student, fake, blended, averaged = (
         SiT(lab.model, lab.image_size, *images.x.shape[1:2], images.classes).to(lab.device)
-        for _ in range(3)
+        for _ in range(4)
     )
-    for net in (student, fake, blended):
+    for net in (student, fake, blended, averaged):
         net.load_state_dict(teacher.state_dict())
-    blended.requires_grad_(False)
-    if job.aware:
+    for net in (blended, averaged):
+        net.requires_grad_(False)
+    if job.exits == "exit-aware":
         fake.tell_exits(lab.student_steps)
     opt_student, opt_fake = (
         torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
@@ -375,9 +441,16 @@ def distill(job: Job) -> None:
     )
     ema = running.EMA(student, lab.ema)
 
+    generation = beyond.generation(job.exits, denoiser(student), lab.levels)
+
+    def noise(y):
+        return torch.randn(len(y), *images.x.shape[1:], device=lab.device)
+
     def generate(y, u):
-        z = torch.randn(len(y), *images.x.shape[1:], device=lab.device)
-        return amd.backward_simulation(denoiser(student), z, y, lab.levels, u)
+        return generation(noise(y), y, u)
+
+    def sample(y, u):
+        return amd.backward_simulation(denoiser(student), noise(y), y, lab.levels, u)
 
     def batch(n, _j):
         groups = lab.batch // lab.group
@@ -388,22 +461,27 @@ def distill(job: Job) -> None:
         amd.blend(blended, teacher, fake, r)
         return denoiser(blended)
 
-    def aware(y, t_G):
+    def told(y, t_G):
         return y, torch.full_like(y, lab.levels.index(t_G))
 
-    config = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, aware=job.aware)
+    guess, aware = denoiser(fake), told if job.exits == "exit-aware" else None
+    if job.exits == "weighted":
+        guess, aware = beyond.weighted(denoiser(fake), lab.levels)
+
+    config = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, exits=job.exits)
     running.open_run(out, lab.settings | config, resume=True)
     (out / "samples").mkdir(exist_ok=True)
     parts = dict(student=(student, opt_student, ema), fake=(fake, opt_fake, None))
     start = running.load(out, **parts)
     if start == 0 and job.base:
         running.load(job.base, **parts)
+    beyond.follow(averaged, fake, rate=1.0)
 
     updates = amd.train(
-        method_of(job),
+        method_of(job, denoiser(averaged)),
         generate,
         denoiser(teacher),
-        denoiser(fake),
+        guess,
         batch,
         opt_student,
         opt_fake,
@@ -412,8 +490,8 @@ def distill(job: Job) -> None:
         null=teacher.null,
         w=job.w,
         adapt=adapt,
-        aware=aware if job.aware else None,
-        fake_steps=lab.fake_steps,
+        aware=aware,
+        fake_steps=lab.fake_steps * beyond.more_updates(job.exits),
         update=partial(amd.update, clip=1.0),
         seed=job.seed,
         start=start,
@@ -422,25 +500,30 @@ def distill(job: Job) -> None:
     for row in islice(updates, job.steps - start):
         step = row["step"]
         ema.update()
+        beyond.follow(averaged, fake)
         running.tick(step)
         if step % 10 == 0 or step == job.steps:
             log(row)
         if step % lab.sample_every == 0 or step == job.steps:
             with running.averaged(ema):
-                show(job, generate, step)
+                show(job, sample, step)
     running.save(out, job.steps, keep=1, **parts)
     running.draw_log(out)
     (out / "done").touch()
 
 
-def method_of(job: Job) -> amd.Method:
-    """The row of amd.METHODS that an arm trains by."""
+def method_of(job: Job, average: amd.Denoiser | None = None) -> amd.Method:
+    """The row of amd.METHODS that an arm trains by.
+
+    average is a fake with averaged weights, which some operators of a study ask.
+    """
     lab = job.lab
-    name, changes = ARMS[job.what]
-    hyper = dict(s=lab.s, tau=lab.tau) | changes
-    method = amd.method(
-        name, **hyper, lam=lab.lam if name == "dmdr" else 0.0, unit_w=hyper["tau"] < 1
-    )
+    name, changes = lab.arms[job.what]
+    hyper = dict(s=lab.s, tau=lab.tau, lam=lab.lam if name == "dmdr" else 0.0) | changes
+    operator = hyper.pop("operator", None)
+    method = amd.method(name, **hyper, unit_w=hyper["tau"] < 1)
+    if operator:
+        method = method._replace(F_t=beyond.operators_of(average)[operator])
     if name == "dmdr":  # it adapts its teacher in the stage before the reward, here the base
         method = method._replace(phi=amd.fixed)
     return method
@@ -490,16 +573,33 @@ def compare(lab: Lab, args: argparse.Namespace) -> None:
 def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, list[Job]]]:
     """What is to be trained: the bases; and the arms by name, each with all seeds."""
     bases, runs = [], {}
-    for w, (kind, aware) in product(args.w, kinds(lab, args.exit_aware).items()):
-        name = f"w = {w:g}{kind}"
+    for w, exits in product(args.w, kinds(lab, args.exit_aware)):
+        more = beyond.more_updates(exits)
+        name = condition(lab, w, exits)
         out = lab.root / base_name(lab, name)
-        bases.append(Job(lab, "DMD", lab.base_steps, w, lab.seed, aware, out))
+        bases.append(Job(lab, "DMD", lab.base_steps // more, w, lab.seed, exits, out))
         for arm in args.arms:
+            if (arm, exits) == ("DMD", "mixed"):
+                continue  # it has no groups
             runs[f"{arm}, {name}"] = [
-                Job(lab, arm, lab.steps, w, seed, aware, folder_of(lab, arm, name, seed), out)
+                Job(
+                    lab,
+                    arm,
+                    lab.steps // more,
+                    w,
+                    seed,
+                    exits,
+                    folder_of(lab, arm, name, seed),
+                    out,
+                )
                 for seed in range(lab.seed, lab.seed + args.seeds)
             ]
     return bases, runs
+
+
+def condition(lab: Lab, w: float, exits: str) -> str:
+    """What the name of an arm ends in."""
+    return f"w = {w:g}" if lab.student_steps == 1 else f"w = {w:g}, {exits}"
 
 
 def folder_of(lab: Lab, arm: str, name: str, seed: int) -> Path:
@@ -522,21 +622,52 @@ def report(lab: Lab, rows: dict[str, list[dict]], runs: dict[str, list[Job]]) ->
         curves[name] = [[of_seed[-1] for of_seed in of_step] for of_step in exits]
         rows[name] = curves[name][-1]
     table = dict(rows=rows, steps=steps, curves=curves)
-    running.write(lab.out / "table.json", json.dumps(table, indent=1))
+    running.show({name: running.mean_std(of_seeds) for name, of_seeds in rows.items()})
+    if lab.study:
+        table["differences"] = compare_arms(lab, rows, runs)
+    text = json.dumps(table, indent=1).replace("NaN", "null")  # of one seed there is no interval
+    running.write(lab.out / "table.json", text)
     draw_curves(lab, curves, steps)
     draw_samples(lab, [jobs[0] for jobs in runs.values()])
-    running.show({name: running.mean_std(of_seeds) for name, of_seeds in rows.items()})
 
 
-def kinds(lab: Lab, exit_aware: bool | None) -> dict[str, bool]:
-    """Which fakes are tried: name -> is it told the exit?
+def compare_arms(
+    lab: Lab, rows: dict[str, list[dict]], runs: dict[str, list[Job]]
+) -> dict[str, dict]:
+    """How each arm of a study differs from what it is compared with, seed by seed; with a picture.
 
-    A student of one step has one exit, so there is nothing to tell.
+    That is another arm with the same exits, and the same arm with one fake.
     """
+    from matplotlib.figure import Figure
+
+    differ = {}
+    for name, (job, *_) in runs.items():
+        other = STUDIES[lab.study].against.get(job.what)
+        pairs = [(other, job.exits)] if other else []
+        if job.exits != "one fake":
+            pairs.append((job.what, "one fake"))
+        for arm, exits in pairs:
+            reference = f"{arm}, {condition(lab, job.w, exits)}"
+            if reference in runs:
+                differ[f"{name} - {reference}"] = running.compared(rows[name], rows[reference])
+    if not differ:
+        return {}
+    print("\ndifferences, seed by seed, and half of their 95 % interval")
+    running.show(differ)
+    figure = Figure(figsize=(16, 1.2 + 0.25 * len(differ)), layout="constrained", dpi=110)
+    running.draw_differences(figure.subplots(1, len(SHOWN)), differ, SHOWN)
+    figure.savefig(lab.out / "differences.png")
+    return differ
+
+
+def kinds(lab: Lab, exit_aware: bool | None) -> list[str]:
+    """What is tried about exits, of beyond.EXITS. A student of one step has but one."""
     if lab.student_steps == 1:
-        return {"": False}
-    both = {", one fake": False, ", exit-aware": True}
-    return {k: v for k, v in both.items() if exit_aware in (None, v)}
+        return ["one fake"]
+    if lab.study and STUDIES[lab.study].kinds:
+        return [*STUDIES[lab.study].kinds]
+    both = {"one fake": False, "exit-aware": True}
+    return [kind for kind, aware in both.items() if exit_aware in (None, aware)]
 
 
 def base_name(lab: Lab, name: str) -> str:
@@ -546,6 +677,7 @@ def base_name(lab: Lab, name: str) -> str:
 
 def read_measures(job: Job, step: int) -> list[dict]:
     """What `show` measured after that update, exit by exit."""
+    step = min(step, job.steps)  # in a study of exits some arms have half of the updates
     return json.loads((job.out / f"samples/step_{step}.json").read_text())
 
 
@@ -570,7 +702,7 @@ def draw_samples(lab: Lab, jobs: list[Job]) -> None:
     import numpy as np
     from PIL import Image
 
-    rows = [np.asarray(Image.open(job.out / f"samples/step_{lab.steps}.png")) for job in jobs]
+    rows = [np.asarray(Image.open(job.out / f"samples/step_{job.steps}.png")) for job in jobs]
     pixels = np.concatenate(rows).repeat(3, 0).repeat(3, 1)
     Image.fromarray(pixels).save(lab.out / "samples.png")
 
@@ -580,12 +712,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = running.Parser(__doc__)
     shared, groups = parser.shared, parser.groups
     groups["method"].add_argument(
-        "--arms", nargs="+", choices=ARMS, default=[*ARMS], help="which are trained (all)"
+        "--arms", nargs="+", metavar="ARM", help=f"which are trained (all): {', '.join(ARMS)}"
+    )
+    groups["method"].add_argument(
+        "--study", choices=STUDIES, help="ideas beyond the paper, with arms of their own"
     )
     shared("s", ".5")
     shared("tau", "1")
     shared("lam", "of DMDR: .05, its own")
-    shared("w", "1; several make an arm of each", nargs="+", default=[1.0])
+    shared("w", "1; several make an arm of each", nargs="+")
     shared("group", "8")
     shared("student-steps", "1")
     shared("exit-aware", "both are tried")
@@ -600,7 +735,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared("fake-lr", "6e-4; cifar10 5e-5")
     shared("ema", ".95; cifar10 .99")
     shared("seed", "the first; 0")
-    groups["optimisation"].add_argument("--seeds", type=int, default=3, help="of each arm (3)")
+    groups["optimisation"].add_argument("--seeds", type=int, help="of each arm (3; of a study 5)")
 
     groups["data"].add_argument(
         "--data", default="digits", help="digits, cifar10, or a folder FOLDER/class/*.png (digits)"
@@ -622,9 +757,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     shared("out", "runs/toy_images", default=Path("runs/toy_images"))
     shared("resume", "with more --arms and --seeds, too")
-    shared("sample-every", "25; cifar10 75")
+    shared("sample-every", "25; cifar10 75; a study samples in the end alone")
     groups["sampling"].add_argument("--count", type=int, help="samples that are measured (2,000)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    defaults = dict(arms=[*ARMS], w=[1.0], seeds=3)
+    if args.study:
+        study = STUDIES[args.study]
+        defaults |= dict(arms=[*study.arms], seeds=5) | study.settings
+    return running.fill(args, defaults)
 
 
 def lab_of(args: argparse.Namespace) -> Lab:
@@ -633,6 +773,11 @@ def lab_of(args: argparse.Namespace) -> Lab:
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     defaults = {} if args.data == "digits" else CIFAR10
     lab = Lab(**defaults | given | dict(root=args.init or args.out))
+    for arm in args.arms:
+        running.require(arm in lab.arms, f"--arms {arm}: choose from {', '.join(lab.arms)}")
+    if lab.study:
+        running.require(args.sample_every is None, "--study samples in the end: no --sample-every")
+        lab = dataclasses.replace(lab, sample_every=lab.steps)
 
     numbers = {k: v for k, v in dataclasses.asdict(lab).items() if isinstance(v, int | float)}
     numbers = argparse.Namespace(**numbers | dict(seeds=args.seeds))

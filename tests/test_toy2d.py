@@ -199,6 +199,10 @@ def table(figures, name):
         ("tilt", "linear"),
         ("methods", "selective"),
         ("exits", "selective"),
+        ("operators", "selective"),
+        ("sensors", "global"),
+        ("dsa", "selective"),
+        ("fakes", "selective"),
     ],
 )
 def test_a_figure_is_a_picture_and_a_table(figures, name, reward):
@@ -225,6 +229,77 @@ def test_the_figure_of_exits_measures_each_of_four(figures):
     arms = {f"{name}, {fake}" for name in ("DMD", "AMD, tau 1", "AMD, tau 0.2") for fake in fakes}
     wanted = {f"{arm}, exit {i}" for arm in arms for i in (1, 2, 3, 4)}
     assert table(figures, "exits")["arms"].keys() == wanted
+
+
+@pytest.mark.parametrize("name", ["operators", "sensors", "dsa", "fakes"])
+def test_a_comparison_is_of_differences_seed_by_seed(figures, name):
+    """Each arm but the references is compared with another, and of one seed there is no interval.
+
+    The oracle subtracts the numbers of the two arms.
+    """
+    told = table(figures, name)
+
+    assert told["differences"]
+    for arm, row in told["differences"].items():
+        other = told["seeds"][row["against"]]
+        for measure in ("off", "reward"):
+            wanted = told["seeds"][arm][0][measure] - other[0][measure]
+            assert row[measure] == [pytest.approx(wanted), None]
+
+
+def test_sensors_are_ranked_beside_the_reward(figures):
+    """Those that ask the teachers do so at four levels; over the plane and on a bad student."""
+    ranks = table(figures, "sensors")["ranks"]
+
+    assert len(ranks) == 2 * (1 + 3 * 4 + 3)
+    assert all(-1 <= rank <= 1 for rank, _ in ranks.values())
+    assert ranks["plane: reward"][0] > 0.9
+    assert ranks["plane: worst of three hackable"][0] > ranks["plane: hackable reward"][0]
+
+
+def test_exits_are_compared_at_equal_cost(figures):
+    """The fake of "more updates" has twice the updates in half of the student's.
+
+    So a sample of its update costs twice as many calls; DMD has no groups that could mix exits.
+    """
+    calls = table(figures, "fakes")["calls"]
+
+    plain, more = calls["AMD, one fake"], calls["AMD, more updates"]
+    assert (plain["fake"], more["fake"]) == (4, 8)
+    assert (plain["teacher"], more["teacher"]) == (1, 1)
+    assert calls["AMD, last alone"]["student"] == calls["AMD, mixed"]["student"] == 4 * 4
+    assert calls["AMD, exit-aware"] == plain
+    assert "AMD, mixed" in calls
+    assert "DMD, mixed" not in calls
+
+
+def test_guidance_and_sensors_cost_calls(figures):
+    """Two of the teacher with guidance; a sensor asks in each of the four iterations."""
+    operators, sensors = (table(figures, name)["calls"] for name in ("operators", "sensors"))
+
+    assert operators["AMD"] == dict(student=4, fake=4, teacher=2)
+    assert operators["AMD, w = 1"] == dict(student=4, fake=4, teacher=1)
+    assert operators["AMD, DM half averaged"] == dict(student=4, fake=5, teacher=2)
+    assert sensors["AMD, disagreement"] == dict(student=4, fake=8, teacher=5)
+    assert sensors["AMD, inconsistency"] == dict(student=4, fake=4, teacher=9)
+
+
+@pytest.mark.parametrize("only, arms", [("DMD, one", {"DMD, one fake"}), ("DMD", 5), ("AMD", 6)])
+def test_a_comparison_may_have_some_of_its_arms(monkeypatch, only, arms):
+    """Those whose names begin so; the reference is one of them, or there is nothing to compare."""
+    made = {}
+
+    def run(self, arms, steps):
+        made.update(arms)
+        return {name: [lab.Result({}, [torch.randn(9, 2)] * 4, {})] * 2 for name in arms}
+
+    monkeypatch.setattr(lab.Lab, "run", run)
+    args = lab.parse(["--only", only, "--seeds", "2"])
+
+    _, told = lab.fakes(lab.lab_of(args, "fakes", None))
+
+    assert made.keys() == arms if isinstance(arms, set) else len(made) == arms
+    assert len(told["differences"]) == len(made) - 1
 
 
 def test_tables_are_strict_json(figures):

@@ -4,8 +4,10 @@ The labs are of the 8 x 8 digits, with networks that have learned next to nothin
 at what the numbers say. Later labs share the networks and bases of the first by --init.
 """
 
+import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -29,6 +31,7 @@ import amd
 import running
 import toy_images as toy
 from helpers import Forked, read_log, run_main
+from parts import beyond
 
 TINY = "--fit-teacher 5 --fit-reward 5 --fit-judge 10 --base-steps 2 --steps 3 --sample-every 2"
 TINY = [*TINY.split(), "--batch", "16", "--count", "60"]
@@ -368,11 +371,11 @@ def test_one_kind_of_fake_is_told_exits_and_learns_of_them(lab, exits):
 @pytest.mark.parametrize(
     "flags, kinds",
     [
-        ("--student-steps 1", [("", False)]),
-        ("--student-steps 1 --exit-aware", [("", False)]),
-        ("--student-steps 2", [(", one fake", False), (", exit-aware", True)]),
-        ("--student-steps 2 --exit-aware", [(", exit-aware", True)]),
-        ("--student-steps 2 --no-exit-aware", [(", one fake", False)]),
+        ("--student-steps 1", ["one fake"]),
+        ("--student-steps 1 --exit-aware", ["one fake"]),
+        ("--student-steps 2", ["one fake", "exit-aware"]),
+        ("--student-steps 2 --exit-aware", ["exit-aware"]),
+        ("--student-steps 2 --no-exit-aware", ["one fake"]),
     ],
 )
 def test_either_flag_leaves_one_kind_of_fake(flags, kinds):
@@ -381,7 +384,83 @@ def test_either_flag_leaves_one_kind_of_fake(flags, kinds):
 
     found = toy.kinds(toy.lab_of(args), args.exit_aware)
 
-    assert [*found.items()] == kinds
+    assert found == kinds
+
+
+# ------------------------------------------------------------------------------------------ studies
+@pytest.fixture(scope="module")
+def study(lab, tmp_path_factory):
+    """The folder of the study of exits, of one arm, with students of two steps."""
+    out = tmp_path_factory.mktemp("study")
+    flags = "--study exits --arms AMD --student-steps 2 --seeds 1 --base-steps 2 --steps 4"
+    flags = [*flags.split(), "--batch", 16, "--count", 60]
+    run_main("toy_images", [*flags, "--init", lab, "--out", out])
+    return out
+
+
+def test_a_study_compares_arms_seed_by_seed(tmp_path, study):
+    """With another arm of the same exits, and with the same arm of one fake.
+
+    The oracle is Student's t of two numbers, whose 97.5 % quantile is 12.706.
+    """
+    args = toy.parse(["--study", "exits", "--seeds", "2", "--out", str(tmp_path)])
+    lab = toy.lab_of(args)
+    _, runs = toy.jobs_of(lab, args)
+    rows = {
+        name: [{measure: random.random() for measure in MEASURES} for _ in jobs]
+        for name, jobs in runs.items()
+    }
+
+    differ = toy.compare_arms(lab, rows, runs)
+
+    kinds = [kind for kind in beyond.EXITS if kind != "one fake"]
+    wanted = {f"AMD, w = 1, {kind} - AMD, w = 1, one fake" for kind in kinds}
+    wanted |= {f"DMD, w = 1, {kind} - DMD, w = 1, one fake" for kind in kinds if kind != "mixed"}
+    same = [kind for kind in beyond.EXITS if kind != "mixed"]
+    wanted |= {f"AMD, w = 1, {kind} - DMD, w = 1, {kind}" for kind in same}
+    assert differ.keys() == wanted
+    for name, row in differ.items():
+        arm, other = (rows[part] for part in name.split(" - "))
+        a, b = (mine["FD"] - its["FD"] for mine, its in zip(arm, other, strict=True))
+        assert row["FD"] == pytest.approx([(a + b) / 2, 12.706 * abs(a - b) / 2], rel=1e-3)
+    assert (tmp_path / "differences.png").stat().st_size > 5000
+    assert table_of(study)["differences"].keys() < wanted
+
+
+def test_a_kind_of_exits_is_another_way_to_train(study):
+    """No two kinds end alike. "more updates" has half of the student's, as many of the fake's."""
+    rows = table_of(study)["rows"]
+    ends = [rows[f"AMD, w = 1, {kind}"][0]["FD"] for kind in beyond.EXITS]
+    assert len(set(ends)) == len(ends)
+
+    for kind, steps, fakes in (("one fake", 4, 12), ("more updates", 2, 12)):
+        *_, last = read_log(study / f"AMD, w = 1, {kind}, seed 0")
+        assert (last["step"], last["fake_step"]) == (steps, fakes)
+
+
+def test_the_arms_of_a_study_are_what_their_names_say():
+    """Each differs from its reference in what the name says, and in that alone."""
+    a = torch.linspace(-1, 1, 5)
+    d = amd.Displacements(*torch.randn(3, 5, 2), w=2.0)
+
+    def of(study, arm):
+        lab = dataclasses.replace(settings(), study=study)
+        return toy.method_of(toy.Job(lab, arm, steps=4), average=lambda x_t, t, y: x_t)
+
+    for s in (0.25, 0.5, 1.0):
+        alone, both = of("dsa", f"DSA only, s = {s:g}"), of("dsa", f"AMD, s = {s:g}")
+        assert_close(alone.H(d, a[:, None]), amd.H_amd(d, a[:, None], s))
+        assert_close(both.H(d, a[:, None]), amd.H_amd(d, a[:, None], s))
+        assert_close(alone.W(a), torch.ones(5))
+        assert_close(both.W(a), (-a).exp())
+    assert [of("hacking", f"DMDR, lam = {v}").lam for v in (0.05, 0.15, 0.5)] == [0.05, 0.15, 0.5]
+    quarter = of("hacking", "AMD, tau = 0.25")
+    assert_close(quarter.W(a), (-4 * a).exp())
+    assert (quarter.unit_w, of("hacking", "AMD, tau = 1").unit_w) == (True, False)
+    for name in beyond.operators_of(None):
+        arm, plain = of("operators", f"AMD, {name}"), of("operators", "AMD")
+        assert arm.F_t is not plain.F_t
+        assert arm._replace(F_t=None, H=None, W=None) == plain._replace(F_t=None, H=None, W=None)
 
 
 # -------------------------------------------------------------------------------- methods, measures
@@ -568,6 +647,9 @@ def test_solve_approaches_the_exact_solution():
         ("--model digits/3", "--model digits/3: give size/patch"),
         ("--data nowhere", "nowhere is no folder"),
         ("--init nowhere", "config.json is of no run"),
+        ("--arms AMD nothing", "--arms nothing: choose from DMD, DSA only"),
+        ("--study hacking --arms naive", "--arms naive: choose from DMD, DMDR, lam = 0.05"),
+        ("--study exits --sample-every 5", "--study samples in the end: no --sample-every"),
     ],
 )
 def test_bad_input_says_what_to_mend_before_anything_is_written(
