@@ -8,6 +8,7 @@
     python toy2d.py --figure tilt         # what AMD converges to
     python toy2d.py --figure exits        # a student of four steps, exit by exit
     python toy2d.py --animate             # DMD, naive and AMD, moving
+    python toy2d.py --diagram             # one update of AMD as boxes and arrows
 
 Ideas beyond the paper, each compared with what it would replace, seed by seed (docs/findings.md):
 
@@ -1074,6 +1075,60 @@ def frame(points: dict[str, Tensor], step: int, lab: Lab):
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+# ------------------------------------------------------------------------- a diagram of one update
+PLAIN, TRAINED, FROZEN, FAKE, SENSED = "#f2f2f2", "#cfe3f7", "#d5efd0", "#f8d7cf", "#fdeeb8"
+BOXES = {  # name: place of its centre, colour, text
+    "z": (0.0, 2.0, PLAIN, "noise z\ncondition c"),
+    "student": (1.6, 2.0, TRAINED, "student\ntrained"),
+    "x": (3.2, 2.0, PLAIN, "samples x\nK of each c"),
+    "x_t": (5.1, 2.0, PLAIN, "$x_t = \\alpha_t x + \\sigma_t \\epsilon$\none t a group"),
+    "uncond": (7.4, 3.0, FROZEN, "real teacher, no c\nfrozen"),
+    "cond": (7.4, 2.0, FROZEN, "real teacher, c\nfrozen"),
+    "fake": (7.4, 1.0, FAKE, "fake teacher, c\ntrained"),
+    "ca": (9.9, 2.5, PLAIN, "$d_{CA}$: to the condition\n$(w - 1)(d_{cond} - d_{uncond})$"),
+    "dm": (9.9, 1.5, PLAIN, "$d_{DM}$: to the data\n$d_{cond} - d_{fake}$"),
+    "g": (12.5, 2.0, TRAINED, "$g = \\beta\\, d_{DM} + \\alpha\\, d_{CA}$\nx moves down g"),
+    "reward": (3.2, 0.0, SENSED, "reward\nr(x, c)"),
+    "a": (5.1, 0.0, SENSED, "advantage a\nof x in its group"),
+    "loss": (
+        7.4,
+        0.0,
+        FAKE,
+        "its loss: $W \\|\\epsilon - \\hat\\epsilon\\|^2$\n$W = e^{-a / \\tau}$",
+    ),
+    "dsa": (12.5, 0.0, SENSED, "$\\alpha = 1 + s a$\n$\\beta = 1 - s a$"),
+}
+ARROWS = (
+    "z student, student x, x x_t, x_t uncond, x_t cond, x_t fake, uncond ca, cond ca, cond dm, "
+    "fake dm, ca g, dm g, x reward, reward a, a loss, fake loss, a dsa, dsa g"
+)
+
+
+def diagram(path: Path) -> None:
+    """update.png: what one update computes from what."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11.5, 3.4), layout="constrained", dpi=130)
+    ax = figure.subplots()
+    ax.set(xlim=(-0.9, 13.6), ylim=(-0.9, 3.5))
+    ax.axis("off")
+    edges = {}
+    for name, (x, y, colour, text) in BOXES.items():
+        box = dict(boxstyle="round,pad=0.4", fc=colour, ec="dimgrey")
+        edges[name] = ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+    figure.canvas.draw()  # only then is it known how large a box is
+    for arrow in ARROWS.split(", "):
+        tail, head = arrow.split()
+        style = dict(arrowstyle="-|>", color="dimgrey", shrinkA=0, shrinkB=0)
+        style |= dict(
+            patchA=edges[tail].get_bbox_patch(),
+            patchB=edges[head].get_bbox_patch(),
+            connectionstyle="arc3,rad=0.2" if arrow == "a dsa" else "arc3",
+        )
+        ax.annotate("", BOXES[head][:2], BOXES[tail][:2], arrowprops=style, zorder=1)
+    figure.savefig(path)
+
+
 # ------------------------------------------------------------------------------------- command line
 FIGURES = {
     "shaping": shaping,
@@ -1095,6 +1150,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--figure", choices=[*FIGURES, "all"], default="shaping")
     what.add_argument("--animate", action="store_true", help="write shaping.gif instead")
+    what.add_argument("--diagram", action="store_true", help="write update.png instead")
     what.add_argument(
         "--reward",
         choices=GOOD,
@@ -1166,6 +1222,10 @@ def main(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{error}: choose another --out") from None
+    if args.diagram:
+        diagram(args.out / "update.png")
+        print(f"see {args.out / 'update.png'}")
+        return
     workers = running.Workers()
     if args.animate:
         animate(lab_of(args, "animate", workers), args.out / "shaping.gif")
