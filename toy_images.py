@@ -9,9 +9,9 @@
 
 A SiT in pixel space learns the images, a few-step student of it is trained by pure DMD, and from
 that one base every arm goes on, with every seed. One classifier is the reward; another, the judge,
-measures what comes out. --out gets table.json, curves.png and samples.png; the table is printed,
-mean and standard deviation over seeds. A study (docs/findings.md) compares its arms seed by seed,
-too, and gets differences.png. An interrupted lab goes on with --resume.
+measures what comes out. --out gets table.json, curves.png, logs.png and samples.png; the table is
+printed, mean and standard deviation over seeds. A study (docs/findings.md) compares its arms seed
+by seed, too, and gets differences.png. An interrupted lab goes on with --resume.
 """
 
 import argparse
@@ -101,6 +101,18 @@ STUDIES = {
     "hacking": study_of_hacking(),
 }
 SHOWN = ("FD", "IS", "reward", "recall")  # in curves.png
+LOGGED = [  # in logs.png
+    "loss_fake",
+    "loss_student",
+    "g_norm",
+    "dm_norm",
+    "ca_norm",
+    "reward",
+    "reward_std",
+    "adv_clip",
+    "w_mean",
+    "skipped",
+]
 HELD_OUT = 5  # each fifth image is not trained on
 
 
@@ -628,6 +640,7 @@ def report(lab: Lab, rows: dict[str, list[dict]], runs: dict[str, list[Job]]) ->
     text = json.dumps(table, indent=1).replace("NaN", "null")  # of one seed there is no interval
     running.write(lab.out / "table.json", text)
     draw_curves(lab, curves, steps)
+    draw_logs(lab, {name: jobs[0] for name, jobs in runs.items()})
     draw_samples(lab, [jobs[0] for jobs in runs.values()])
 
 
@@ -695,6 +708,23 @@ def draw_curves(lab: Lab, curves: dict[str, list[list[dict]]], steps: list[int])
         ax.set(title=k, xlabel="student updates")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(lab.out / "curves.png")
+
+
+def draw_logs(lab: Lab, jobs: dict[str, Job]) -> None:
+    """logs.png: what each arm's first seed logged, against student updates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 5.2), layout="constrained", dpi=90)
+    panels = figure.subplots(2, len(LOGGED) // 2)
+    for i, (name, job) in enumerate(jobs.items()):
+        rows = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+        for ax, k in zip(panels.flat, LOGGED, strict=True):
+            points = [(row["step"], row[k]) for row in rows if row.get(k) is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), f".-C{i}", lw=1, label=name)
+            ax.set(title=k, xlabel="student updates")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(lab.out / "logs.png")
 
 
 def draw_samples(lab: Lab, jobs: list[Job]) -> None:

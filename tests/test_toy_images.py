@@ -177,7 +177,7 @@ def test_the_table_has_a_row_for_each_arm_and_a_dict_for_each_seed(lab):
     assert curve[-1][0] != curve[-1][1]
 
 
-@pytest.mark.parametrize("name", ["curves.png", "samples.png"])
+@pytest.mark.parametrize("name", ["curves.png", "logs.png", "samples.png"])
 def test_a_lab_draws_its_curves_and_samples(lab, name):
     """What they show is for the eye; a picture of nothing would be a smaller file."""
     assert (lab / name).stat().st_size > 5000
