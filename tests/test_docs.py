@@ -4,6 +4,7 @@ A page is read as text. So a file, a flag or a heading that is renamed breaks a 
 reader's first try.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -37,25 +38,70 @@ def shell_lines(page):
     return [line for block in blocks(page, "bash") for line in block.splitlines()]
 
 
-def test_the_readmes_snippets_run_beside_copies(tmp_path):
-    """A reader pastes them one after the other, beside copies of amd.py and running.py.
+GUIDE = ROOT / "docs/guide.md"
+COPIED = [(README, 0, []), (GUIDE, 0, []), (GUIDE, 1, ["running.py"])]  # page, block, what it needs
 
-    They run as they stand, in a process of their own, in a folder that has nothing else. The last
-    of them must have saved a checkpoint where the README says.
+
+@pytest.mark.parametrize("page, number, more", COPIED, ids=["flow", "ddpm", "run"])
+def test_a_snippet_runs_beside_a_copy_of_amd(tmp_path, page, number, more):
+    """A reader pastes it into a file of their own, beside a copy of amd.py.
+
+    It runs as it stands, in a process of its own, in a folder that has nothing else. The whole run
+    must have saved a checkpoint and a log, and goes on from them when it is started again.
     """
-    snippets = blocks(README, "python")
-    assert len(snippets) >= 2
-    for name in ("amd.py", "running.py"):
+    snippets = blocks(page, "python")
+    assert len(snippets) == len([of_page for of_page, *_ in COPIED if of_page == page])
+    for name in ("amd.py", *more):
         shutil.copy(ROOT / name, tmp_path)
 
-    command = [sys.executable, "-c", "\n".join(snippets)]
-    subprocess.run(
-        command,
-        cwd=tmp_path,
-        check=True,
-    )
+    def paste():
+        command = [sys.executable, "-c", snippets[number]]
+        subprocess.run(command, cwd=tmp_path, check=True)
 
-    assert (tmp_path / "runs/mine/checkpoints/step_10").exists()
+    paste()
+    if "running.py" in more:
+        out = tmp_path / "runs/mine"
+        assert (out / "checkpoints/step_10").exists()
+        paste()
+        steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 12))
+
+
+@each_page
+def test_a_link_to_a_line_leads_to_what_it_names(page):
+    """The text of a link to a line of code is what that line has, so it must move with the code."""
+    links = re.findall(r"\[`([^`]+)`\]\((\S+\.py)#L(\d+)\)", page.read_text())
+    assert links or page != README
+    for text, file, number in links:
+        lines = (page.parent / file).read_text().splitlines()
+        found = [i for i, line in enumerate(lines, 1) if text in line]
+        assert found == [int(number)], f"{page.name}: {text} is in line {found} of {file}"
+
+
+def test_the_readme_links_every_equation_to_its_line():
+    """Those of Sec. 3 that AMD is made of."""
+    text = README.read_text()
+
+    rows = [line for line in text.splitlines() if "amd.py#L" in line]
+    for equation in ("Eq. 6", "Eq. 9", "Eq. 10", "Eq. 12", "Eq. 13", "Eq. 14"):
+        assert [row for row in rows if row.startswith(f"| {equation} |")], equation
+
+
+def test_the_readme_is_short_and_counts_its_files():
+    """Its table says how long each file is, within a tenth."""
+    text = README.read_text()
+
+    assert len(text.split()) <= 2300
+    assert len(text.splitlines()) <= 250
+    counted = re.findall(r"^\| (`.*`) \| ([\d,]+) \|", text, re.M)
+    assert len(counted) >= 9
+    for names, count in counted:
+        lines = 0
+        for name in re.findall(r"`([^`]+)`", names):
+            path = ROOT / name
+            files = path.glob("*.py") if path.is_dir() else [path]
+            lines += sum(len(file.read_text().splitlines()) for file in files)
+        assert int(count.replace(",", "")) == pytest.approx(lines, rel=0.1), names
 
 
 def test_the_readme_has_two_commands_that_set_all_up():
