@@ -258,7 +258,8 @@ def H_naive(d: Displacements, a: Tensor, s: float = 0.5) -> Tensor:
 def H_amd(d: Displacements, a: Tensor, s: float = 0.5) -> Tensor:
     """Eq. 10, Dynamic Score Adaptation. ValueError: s outside [0, 1].
 
-    Failures (a < 0) follow DM back to the data, successes (a > 0) follow CA to their condition.
+    Failures (a < 0) follow DM back to the data, successes (a > 0) follow CA to their condition. At
+    w = 1 there is no CA, and s only scales steps.
     """
     alpha, beta = dsa(a, s)
     return beta * d.dm + alpha * d.ca
@@ -290,12 +291,12 @@ def group_advantage(r: Tensor, K: int, eps: float = 1e-6) -> Tensor:
         raise ValueError(
             f"rewards {tuple(r.shape)} in groups of K = {K}: choose K >= 2 that divides the batch"
         )
-    g = r.detach().cpu().double().view(-1, K)  # in float32 eight equal rewards may differ by .19
-    if not g.isfinite().all():
+    grouped = r.detach().cpu().double().view(-1, K)  # in float32 equal ones may differ by .19
+    if not grouped.isfinite().all():
         raise ValueError("a reward is NaN or inf: mend the reward")
-    mean, std = g.mean(1, keepdim=True), g.std(1, keepdim=True, unbiased=False)
+    mean, std = grouped.mean(1, keepdim=True), grouped.std(1, keepdim=True, unbiased=False)
     equal = std <= 1e-6 * mean.abs().clamp_min(1)
-    a = ((g - mean) / (std + eps)).clamp(-1, 1).masked_fill(equal, 0)
+    a = ((grouped - mean) / (std + eps)).clamp(-1, 1).masked_fill(equal, 0)
     return a.flatten().to(r.device, torch.promote_types(r.dtype, torch.float32))
 
 
@@ -307,7 +308,8 @@ def W_one(a: Tensor) -> Tensor:
 def W_exp(a: Tensor, tau: float = 1.0) -> Tensor:
     """Repulsive Landscape Sharpening (below Eq. 14): failures count more.
 
-    tau = inf turns it off. ValueError: tau <= 0.
+    The fake takes them for more frequent than they are, and so pushes x away from them: it models
+    p_student W(a). tau = inf turns it off. ValueError: tau <= 0.
     """
     if not tau > 0:
         raise ValueError(f"tau = {tau}: choose tau above 0")
@@ -543,7 +545,8 @@ def gradient(
 
     With H_std, g is the gradient at x of V_DMD (Eq. 4), which stands for that of the KL divergence
     (Eq. 1, 2). x0_fake (B, ...) is the fake's guess at draw.x_t; closure is what F_ext calls.
-    normalize divides H by each sample's mean |d_real| (DMD Eq. 8), as it is before Eq. 13.
+    normalize divides H by each sample's mean |d_real|, in which alpha and beta have no part, as in
+    Eq. 8 of the DMD paper.
     """
     d = method.F_t(draw, real, x0_fake, null, w, schedule)
     g = method.H(d, like(draw.a, draw.x))
@@ -570,6 +573,7 @@ def fake_loss(
     x0_fake (B, ...) is the fake's guess at draw.x_t. W counts once; Alg. 1 l. 18-19 print it twice.
     """
     alpha, sigma = schedule(draw.t)
+    # what turns an error of x0 into that of the noise, or of the velocity
     scale = {"x0": torch.ones_like(sigma), "eps": (alpha / sigma) ** 2, "flow": 1 / sigma**2}
     error = per_sample((expect(x0_fake, draw.x.shape, "fake") - draw.x) ** 2)
     return (draw.weight * scale[space] * error).mean()

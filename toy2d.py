@@ -29,6 +29,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -396,6 +397,14 @@ def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
     return mode, d < 4 * STD
 
 
+@cache
+def zone_begins() -> float:
+    """The energy that a thousandth of the data exceeds: gamma of Eq. 5."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return energy(real_samples(torch.full((100_000,), 3))).quantile(0.999).item()
+
+
 def measure(x: Tensor, reward: str) -> dict[str, float]:
     """Samples (B, 2) whose classes take turns -> numbers by name:
 
@@ -426,7 +435,6 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
     axes = torch.stack([angles.cos(), angles.sin()])
     apart = (x @ axes).sort(0).values - (wanted @ axes).sort(0).values
 
-    gamma = energy(real_samples(torch.full((100_000,), 3))).quantile(0.999)  # of Eq. 5
     spread = (x - MODES[mode])[on].std() / STD if on.sum() > 1 else torch.tensor(math.nan)
     values = dict(
         off=1 - mass.sum(),
@@ -436,7 +444,7 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
         tv=0.5 * (share - target).abs().sum(),
         sw2=apart.square().mean().sqrt(),
         reward=reward_of(reward)(x, None).mean(),
-        zone=(energy(x) > gamma).float().mean(),
+        zone=(energy(x) > zone_begins()).float().mean(),
         spread=spread,
     )
     return {k: float(v) for k, v in values.items()}
@@ -697,7 +705,10 @@ def advantage_and_tilt(x: Tensor, K: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------ ideas beyond the paper
-def operators(lab: Lab):
+Comparison = tuple[dict[str, Arm], dict[str, str]]  # arms; which of them another is compared with
+
+
+def operators(lab: Lab) -> Comparison:
     """Other ways to join matching and guidance, at w = 1.5 with a learned teacher, against AMD.
 
     Some take a part of the guidance away; their rival is AMD with less guidance.
@@ -709,10 +720,10 @@ def operators(lab: Lab):
     }
     for w in (1.25, 1.0):
         arms[f"AMD, w = {w:g}"] = dataclasses.replace(arms["AMD"], w=w)
-    return compare(lab, arms, dict.fromkeys(arms, "AMD"))
+    return arms, dict.fromkeys(arms, "AMD")
 
 
-def dsa(lab: Lab):
+def dsa(lab: Lab) -> Comparison:
     """What Dynamic Score Adaptation does with guidance, alone and beside sharpening."""
     arms, against = {}, {}
     for w in (1.25, 2.0):
@@ -726,17 +737,21 @@ def dsa(lab: Lab):
             arms[alone] = Arm("amd", s=s, sharpen=False, **common)
             arms[both] = Arm("amd", s=s, **common)
             against |= {alone: dmd, both: rls}
-    return compare(lab, arms, against)
+    return arms, against
 
 
-def sensors(lab: Lab):
-    """What may stand in for the reward: does it rank like the energy, and what AMD does with it."""
+def sensors(lab: Lab) -> Comparison:
+    """What may stand in for the reward."""
     common = dict(reward=lab.reward, s=lab.s, tau=lab.tau, learned=True)
     arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
     names = sensors_of(reward_of(lab.reward), None, None)
     arms |= {f"AMD, {name}": Arm("amd", sensor=name, **common) for name in names}
-    figure, told = compare(lab, arms, dict.fromkeys(arms, "DMD"))
+    return arms, dict.fromkeys(arms, "DMD")
 
+
+def rank_sensors(lab: Lab):
+    """What AMD does with each sensor, and whether it ranks samples as their energy does."""
+    figure, told = compare(sensors, lab)
     common = dict(steps=3 * lab.steps, K=lab.group, arm=Arm(reward=lab.reward))
     starts = zip(lab.seeds, lab.starts(), strict=True)
     jobs = [Job(seed, start=start, **common) for seed, start in starts]
@@ -783,7 +798,7 @@ def ranks_of_sensors(job: Job) -> dict[str, float]:
     return ranks
 
 
-def fakes(lab: Lab):
+def fakes(lab: Lab) -> Comparison:
     """What one may do about the exits of a student, against one fake for all.
 
     DMD is measured against the whole teacher, AMD against the reward's target.
@@ -795,14 +810,18 @@ def fakes(lab: Lab):
             arms[f"{name}, {kind}"] = Arm(method, reward, lab.s, lab.tau, levels=levels, exits=kind)
             against[f"{name}, {kind}"] = f"{name}, one fake"
     del arms["DMD, mixed"]  # it has no groups
-    return compare(lab, arms, against)
+    return arms, against
 
 
-def compare(lab: Lab, arms: dict[str, Arm], against: dict[str, str]):
+COMPARED = dict(operators=operators, sensors=sensors, dsa=dsa, fakes=fakes)
+
+
+def compare(of: Callable[[Lab], Comparison], lab: Lab):
     """Every arm with every seed, and how it differs from the arm that it is compared with.
 
     Differences are taken seed by seed; they have 95 % intervals. Half of lab.steps is enough.
     """
+    arms, against = of(lab)
     arms = {name: arm for name, arm in arms.items() if name.startswith(lab.only)}
     results = lab.run(arms, steps=lab.steps // 2)
     rows = {}
@@ -817,8 +836,9 @@ def compare(lab: Lab, arms: dict[str, Arm], against: dict[str, str]):
 
     measures = ("off", "bad", "sw2", "reward", "spread")
     figure, (panels,) = axes(1, len(measures), 3.0)
-    running.draw_differences(panels, differ, measures)
-    running.show(differ)
+    if differ:
+        running.draw_differences(panels, differ, measures)
+        running.show(differ)
     told = dict(
         arms={name: running.mean_std(of_seeds) for name, of_seeds in rows.items()},
         seeds=rows,
@@ -1050,7 +1070,10 @@ def animate(lab: Lab, path: Path) -> None:
     frames = [
         frame({k: runs[0].shots[step] for k, runs in results.items()}, step, lab) for step in steps
     ]
-    first, *rest = [Image.fromarray(pixels).quantize(24) for pixels in frames]
+    palette = Image.fromarray(frames[-1]).quantize(24)  # one for all, or colours would flicker
+    first, *rest = [
+        Image.fromarray(pixels).quantize(palette=palette, dither=0) for pixels in frames
+    ]
     time_of_each = [120] * (len(frames) - 1) + [2500]
     first.save(
         path, save_all=True, append_images=rest, duration=time_of_each, loop=0, optimize=True
@@ -1079,15 +1102,15 @@ def frame(points: dict[str, Tensor], step: int, lab: Lab):
 PLAIN, TRAINED, FROZEN, FAKE, SENSED = "#f2f2f2", "#cfe3f7", "#d5efd0", "#f8d7cf", "#fdeeb8"
 BOXES = {  # name: place of its centre, colour, text
     "z": (0.0, 2.0, PLAIN, "noise z\ncondition c"),
-    "student": (1.6, 2.0, TRAINED, "student\ntrained"),
+    "student": (1.6, 2.0, TRAINED, "student"),
     "x": (3.2, 2.0, PLAIN, "samples x\nK of each c"),
     "x_t": (5.1, 2.0, PLAIN, "$x_t = \\alpha_t x + \\sigma_t \\epsilon$\none t a group"),
-    "uncond": (7.4, 3.0, FROZEN, "real teacher, no c\nfrozen"),
-    "cond": (7.4, 2.0, FROZEN, "real teacher, c\nfrozen"),
-    "fake": (7.4, 1.0, FAKE, "fake teacher, c\ntrained"),
-    "ca": (9.9, 2.5, PLAIN, "$d_{CA}$: to the condition\n$(w - 1)(d_{cond} - d_{uncond})$"),
-    "dm": (9.9, 1.5, PLAIN, "$d_{DM}$: to the data\n$d_{cond} - d_{fake}$"),
-    "g": (12.5, 2.0, TRAINED, "$g = \\beta\\, d_{DM} + \\alpha\\, d_{CA}$\nx moves down g"),
+    "uncond": (7.4, 3.0, FROZEN, "real teacher, no c\n$d_{uncond} = x - \\hat x_0$"),
+    "cond": (7.4, 2.0, FROZEN, "real teacher, c\n$d_{cond} = x - \\hat x_0$"),
+    "fake": (7.4, 1.0, FAKE, "fake teacher, c\n$d_{fake} = x - \\hat x_0$"),
+    "ca": (10.0, 2.5, PLAIN, "$d_{CA}$: to the condition\n$(w - 1)(d_{cond} - d_{uncond})$"),
+    "dm": (10.0, 1.5, PLAIN, "$d_{DM}$: to the data\n$d_{cond} - d_{fake}$"),
+    "g": (12.7, 2.0, TRAINED, "$g = \\beta\\, d_{DM} + \\alpha\\, d_{CA}$\nx moves down g"),
     "reward": (3.2, 0.0, SENSED, "reward\nr(x, c)"),
     "a": (5.1, 0.0, SENSED, "advantage a\nof x in its group"),
     "loss": (
@@ -1096,7 +1119,7 @@ BOXES = {  # name: place of its centre, colour, text
         FAKE,
         "its loss: $W \\|\\epsilon - \\hat\\epsilon\\|^2$\n$W = e^{-a / \\tau}$",
     ),
-    "dsa": (12.5, 0.0, SENSED, "$\\alpha = 1 + s a$\n$\\beta = 1 - s a$"),
+    "dsa": (12.7, 0.0, SENSED, "$\\alpha = 1 + s a$\n$\\beta = 1 - s a$"),
 }
 ARROWS = (
     "z student, student x, x x_t, x_t uncond, x_t cond, x_t fake, uncond ca, cond ca, cond dm, "
@@ -1108,14 +1131,16 @@ def diagram(path: Path) -> None:
     """update.png: what one update computes from what."""
     from matplotlib.figure import Figure
 
-    figure = Figure((11.5, 3.4), layout="constrained", dpi=130)
+    figure = Figure((10.2, 3.2), layout="constrained", dpi=150)
     ax = figure.subplots()
-    ax.set(xlim=(-0.9, 13.6), ylim=(-0.9, 3.5))
+    ax.set(xlim=(-0.8, 13.8), ylim=(-0.9, 3.5))
     ax.axis("off")
     edges = {}
     for name, (x, y, colour, text) in BOXES.items():
         box = dict(boxstyle="round,pad=0.4", fc=colour, ec="dimgrey")
-        edges[name] = ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+        edges[name] = ax.text(
+            x, y, text, ha="center", va="center", fontsize=8.5, bbox=box, zorder=2
+        )
     figure.canvas.draw()  # only then is it known how large a box is
     for arrow in ARROWS.split(", "):
         tail, head = arrow.split()
@@ -1138,10 +1163,10 @@ FIGURES = {
     "methods": methods,
     "tilt": tilt,
     "exits": exits,
-    "operators": operators,
-    "sensors": sensors,
-    "dsa": dsa,
-    "fakes": fakes,
+    "operators": partial(compare, operators),
+    "sensors": rank_sensors,
+    "dsa": partial(compare, dsa),
+    "fakes": partial(compare, fakes),
 }
 
 
@@ -1189,9 +1214,20 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose at least 1")
+    most = len(MLP().exits)
+    running.require(
+        2 <= args.student_steps <= most, f"--student-steps {args.student_steps}: choose 2 to {most}"
+    )
+    if args.only:
+        running.require(args.figure in COMPARED, f"--only is for --figure {', '.join(COMPARED)}")
+        arms, _ = COMPARED[args.figure](lab_of(args, args.figure, None))
+        running.require(
+            any(name.startswith(args.only) for name in arms),
+            f"--only {args.only}: choose how one of {', '.join(arms)} begins",
+        )
 
 
-def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers) -> Lab:
+def lab_of(args: argparse.Namespace, figure: str, workers: running.Workers | None) -> Lab:
     """The settings of a figure, which has defaults of its own.
 
     The strawman's is the corner reward, as in Fig. 8; sensors find what is off all modes. tau is
