@@ -1,6 +1,6 @@
 """AMD on SDXL, text to image in four steps: the paper's Tables 2, 3, 7, 8, 9 and Fig. 9.
 
-    torchrun --nproc-per-node 8 sdxl.py                                  # whole UNets, by FSDP2
+    torchrun --nproc-per-node 8 sdxl.py --prompts prompts.txt            # whole UNets, by FSDP2
     python sdxl.py --lora-rank 64 --adam8bit --offload-text --batch 32   # LoRAs, on one GPU
     python sdxl.py --model sd15                                          # DMD2's one-step SD1.5
     torchrun --nproc-per-node 8 sdxl.py sample --init runs/sdxl --layout hpdv2 --out runs/amd
@@ -627,6 +627,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         not (args.out / "student").exists(),
         f"{args.out} has a student and no config.json of its run: choose another folder",
     )
+    if not (args.dry_run or args.prompts or args.real_data):
+        running.say("training on a few prompts of our own: give --prompts for real work")
     run, steps = prepare(args, device), args.steps
     if args.init:
         running.load(args.init, **run.parts)
@@ -940,6 +942,8 @@ def check_sample(args: argparse.Namespace) -> None:
 def check_score(args: argparse.Namespace) -> None:
     running.require(len(args.samples or ()) in (1, 2), "give --samples, a folder or two")
     running.require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "score is for one process")
+    only = not args.dry_run or args.judges == ["hpsv2"]
+    running.require(only, "--dry-run has no judge but hpsv2: leave --judges out")
     for folder in args.samples:
         there = (folder / "prompts.jsonl").exists()
         running.require(there, f"{folder} holds no images of `sample`: choose its --out")

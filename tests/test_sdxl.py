@@ -1385,6 +1385,7 @@ def files(tmp_path):
         ("sample --dry-run tiny --init other_script", "student is no student of --model"),
         ("sample --init images --layout geneval", "prompt 1 has no tag"),
         ("score", "give --samples, a folder or two"),
+        ("score --samples images --dry-run tiny --judges pickscore", "no judge but hpsv2"),
         ("score --samples images --dry-run tiny", "images holds no images of `sample`"),
         ("score --samples foreign --dry-run tiny", "foreign/prompts.jsonl is not of `sample`"),
         ("--image-size -64", "--image-size: choose a multiple of 64"),
