@@ -832,17 +832,20 @@ def compare(of: Callable[[Lab], Comparison], lab: Lab):
         rows[name] = [measure(x, arms[name].reward) for x in last]
     pairs = [(name, other) for name, other in against.items() if name != other]
     pairs = [(name, other) for name, other in pairs if {name, other} <= rows.keys()]
-    differ = {name: running.compared(rows[name], rows[other]) for name, other in pairs}
+    differ = {
+        f"{name} - {other}": running.compared(rows[name], rows[other]) for name, other in pairs
+    }
 
     measures = ("off", "bad", "sw2", "reward", "spread")
     figure, (panels,) = axes(1, len(measures), 3.0)
     if differ:
         running.draw_differences(panels, differ, measures)
+        print("\ndifferences, seed by seed, and half of their 95 % interval")
         running.show(differ)
     told = dict(
         arms={name: running.mean_std(of_seeds) for name, of_seeds in rows.items()},
         seeds=rows,
-        differences={name: row | dict(against=against[name]) for name, row in differ.items()},
+        differences=differ,
         calls={name: runs[0].calls for name, runs in results.items()},
         tau=lab.tau,
     )
@@ -1218,6 +1221,8 @@ def check(args: argparse.Namespace) -> None:
     running.require(
         2 <= args.student_steps <= most, f"--student-steps {args.student_steps}: choose 2 to {most}"
     )
+    least = 4 if args.figure == "fakes" else 2 if args.figure in COMPARED else 1
+    running.require(args.steps >= least, f"--steps {args.steps}: choose {least} or more")
     if args.only:
         running.require(args.figure in COMPARED, f"--only is for --figure {', '.join(COMPARED)}")
         arms, _ = COMPARED[args.figure](lab_of(args, args.figure, None))

@@ -804,9 +804,17 @@ def lab_of(args: argparse.Namespace) -> Lab:
     defaults = {} if args.data == "digits" else CIFAR10
     lab = Lab(**defaults | given | dict(root=args.init or args.out))
     for arm in args.arms:
-        running.require(arm in lab.arms, f"--arms {arm}: choose from {', '.join(lab.arms)}")
+        running.require(arm in lab.arms, f"--arms {arm!r}: choose from {[*lab.arms]}")
     if lab.study:
         running.require(args.sample_every is None, "--study samples in the end: no --sample-every")
+        if STUDIES[lab.study].kinds:
+            running.require(lab.student_steps > 1, "--study exits: give --student-steps above 1")
+            running.require(args.exit_aware is None, "--study exits tries all: no --exit-aware")
+            running.require(
+                min(lab.steps, lab.base_steps) > 1, "--study exits: choose more --steps"
+            )
+        else:
+            running.require(lab.student_steps == 1, "but for exits a --study is of one step")
         lab = dataclasses.replace(lab, sample_every=lab.steps)
 
     numbers = {k: v for k, v in dataclasses.asdict(lab).items() if isinstance(v, int | float)}

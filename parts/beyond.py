@@ -172,7 +172,12 @@ def more_updates(kind: str) -> int:
 
 
 def generation(kind: str, denoise: amd.Denoiser, levels: Sequence[float]) -> Callable:
-    """A student's generation in training, for a kind of EXITS: z, c, u -> amd.Exit."""
+    """A student's generation in training, for a kind of EXITS: z, c, u -> amd.Exit.
+
+    ValueError: there is no such kind.
+    """
+    if kind not in EXITS:
+        raise ValueError(f"{kind!r}: choose one of {', '.join(EXITS)}")
 
     def generate(z, c, u):
         if kind == "mixed":
@@ -218,7 +223,7 @@ def mixed_exits(
 ) -> amd.Exit:
     """A student's generation in which each sample has an exit of its own, so t_G is (B,).
 
-    amd.backward_simulation has one exit for all, and half as many calls. Only flow's levels.
+    amd.backward_simulation has one exit for all, and fewer calls. Only for flow's levels.
     """
     exit_of = torch.randint(len(levels), (len(z),), device=z.device)
     x_t, x = z, torch.zeros_like(z)

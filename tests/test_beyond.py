@@ -78,8 +78,8 @@ def test_without_guidance_there_is_nothing_to_project(F_t):
     assert d.ca.eq(0).all()
 
 
-@pytest.mark.parametrize("share, of_average", [(0.5, 0.5), (1.0, 1.0), (-0.5, -0.5)])
-def test_momentum_mixes_matching_with_its_average(share, of_average):
+@pytest.mark.parametrize("share", [0.5, 1.0, -0.5])
+def test_momentum_mixes_matching_with_its_average(share):
     """DM is linear in the fake's guess, so the oracle mixes two DMs; guidance is as it was."""
 
     def average(x_t, t, y):
@@ -88,19 +88,34 @@ def test_momentum_mixes_matching_with_its_average(share, of_average):
     d, plain, of = displaced(beyond.momentum, 1.5, average=average, share=share)
 
     lagging = plain.cond - (of.x - average(of.x_t, of.t, of.c))
-    assert_close(d.dm, (1 - of_average) * plain.dm + of_average * lagging)
+    assert_close(d.dm, (1 - share) * plain.dm + share * lagging)
     assert d.ca.equal(plain.ca)
 
 
-def test_each_operator_is_a_row_of_amd():
-    """A row takes it in place of its F_t, and amd.gradient then gives another gradient."""
+def test_each_operator_is_what_its_name_says():
+    """A row of amd.METHODS takes it in place of its F_t; the oracle is the gradient by hand."""
     of, x0_fake = draw(), torch.randn(6, 3, 2)
     options = dict(null=zero, w=1.5, normalize=False)
-    plain, _ = amd.gradient(amd.method("amd"), of, real, x0_fake, **options)
+    plain, d = amd.gradient(amd.method("amd"), of, real, x0_fake, **options)
+    x0, ahead = of.x - d.cond, x0_fake - of.x_t.cos()
 
-    for F_t in beyond.operators_of(lambda x_t, t, y: x_t.cos()).values():
-        g, _ = amd.gradient(amd.method("amd")._replace(F_t=F_t), of, real, x0_fake, **options)
-        assert not g.allclose(plain)
+    def along(axis):
+        return amd.like(dot(d.ca, axis) / dot(axis, axis), axis) * axis
+
+    wanted = {
+        "CA less half of its part along x0": -along(x0) / 2,
+        "CA less its part along x0": -along(x0),
+        "CA less its part along DM": -along(d.dm),
+        "DM half averaged": -ahead / 2,
+        "DM half ahead": ahead / 2,
+    }
+
+    operators = beyond.operators_of(lambda x_t, t, y: x_t.cos())
+    assert operators.keys() == wanted.keys()
+    for name, F_t in operators.items():
+        row = amd.method("amd")._replace(F_t=F_t)
+        g, _ = amd.gradient(row, of, real, x0_fake, **options)
+        assert_close(g - plain, wanted[name], atol=1e-5, rtol=1e-4)
 
 
 def test_an_average_follows_a_network():
@@ -121,14 +136,16 @@ def test_teachers_that_agree_are_content():
     """And a disagreement is relative to the distance of x from the real teacher's guess."""
     x, y = torch.randn(5, 2), torch.ones(5)
 
+    at = torch.tensor([1.0, 2.0])
+
     def fixed(x_t, t, y):
-        return torch.zeros_like(x_t)
+        return at.expand_as(x_t)
 
     def beside(x_t, t, y):
-        return torch.tensor([3.0, 4.0]).expand_as(x_t)
+        return fixed(x_t, t, y) + torch.tensor([3.0, 4.0])
 
     assert beyond.disagreement(fixed, fixed, 0.5)(x, y).eq(0).all()
-    assert_close(beyond.disagreement(fixed, beside, 0.5)(x, y), -5 / x.norm(dim=1))
+    assert_close(beyond.disagreement(fixed, beside, 0.5)(x, y), -5 / (x - at).norm(dim=1))
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6])
@@ -245,8 +262,19 @@ def test_mixed_exits_are_each_samples_own():
     assert_close(made.x, x_t)
     (grad,) = torch.autograd.grad(made.x.sum(), theta)
     assert_close(grad, x_t.sum())
-    noisier = [seen[level].std().item() for level in LEVELS]
-    assert len({round(v, 4) for v in noisier}) == 4
+
+
+def test_mixed_exits_go_down_the_levels():
+    """A student that guesses 0 is asked at noise of the next level: its std is the level."""
+    seen = {}
+
+    def denoise(x_t, t, c):
+        seen[t[0].item()] = x_t.std().item()
+        return torch.zeros_like(x_t)
+
+    beyond.mixed_exits(denoise, torch.randn(20_000, 2), None, LEVELS)
+
+    assert seen == pytest.approx({level: level for level in LEVELS}, rel=0.03)
 
 
 def test_mixed_exits_of_one_level_are_backward_simulation():
@@ -273,3 +301,17 @@ def test_a_kind_of_training_has_its_exits(kind, numbers):
     exits = [generate(torch.randn(2, 2), None, u) for u in (0.1, 0.6, 0.9)]
 
     assert [made.number for made in exits] == numbers
+
+
+def test_kinds_of_exits_differ_as_they_say():
+    """A mixed one has a level for each sample; "more updates" alone doubles the fake's."""
+    z = torch.randn(50, 2)
+
+    mixed = beyond.generation("mixed", lambda x_t, t, c: x_t, LEVELS)(z, None, 0.1)
+
+    assert len(mixed.t_G.unique()) == 4
+    doubled = {kind for kind in beyond.EXITS if beyond.more_updates(kind) == 2}
+    assert doubled == {"more updates"}
+    assert all(beyond.more_updates(kind) in (1, 2) for kind in beyond.EXITS)
+    with pytest.raises(ValueError, match="choose one of one fake, exit-aware"):
+        beyond.generation("last", None, LEVELS)

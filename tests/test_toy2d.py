@@ -240,11 +240,10 @@ def test_a_comparison_is_of_differences_seed_by_seed(figures, name):
     told = table(figures, name)
 
     assert told["differences"]
-    for arm, row in told["differences"].items():
-        other = told["seeds"][row["against"]]
+    for name, row in told["differences"].items():
+        arm, other = (told["seeds"][part][0] for part in name.split(" - "))
         for measure in ("off", "reward"):
-            wanted = told["seeds"][arm][0][measure] - other[0][measure]
-            assert row[measure] == [pytest.approx(wanted), None]
+            assert row[measure] == [pytest.approx(arm[measure] - other[measure]), None]
 
 
 def test_sensors_are_ranked_beside_the_reward(figures):
@@ -328,6 +327,7 @@ def test_the_animation_has_a_frame_for_each_of_its_updates(tmp_path):
         ("--s 2", "choose s in"),
         ("--figure dsa --only AMD", "--only AMD: choose how one of w = 1.25: DMD"),
         ("--figure tilt --only AMD", "--only is for --figure operators, sensors"),
+        ("--figure fakes --steps 3", "--steps 3: choose 4 or more"),
         ("--figure fakes --student-steps 9", "--student-steps 9: choose 2 to 8"),
         ("--out file/x", "--out"),
         ("--fake-steps 0", "--fake-steps 0: choose"),
