@@ -158,7 +158,7 @@ def descend(net: MLP, loss_of: Callable[[], Tensor], lr: float, steps: int) -> N
 class Arm:
     """How a student is distilled.
 
-    method, s, tau, lam, w and fake_steps are those of amd.method and amd.train.
+    method, s, tau, lam and w are those of amd.method and amd.train.
 
     levels   of the student's steps, falling from 1
     learned  is the teacher the fitted network, and not the exact one?
@@ -180,7 +180,6 @@ class Arm:
     exits: str = "one fake"
     operator: str = ""
     sensor: str = ""
-    fake_steps: int = 4
 
 
 @dataclass(frozen=True)
@@ -191,6 +190,7 @@ class Job:
     K      samples in a group
     batch  samples in an update
     start  weights of the fitted network
+    fake_steps  fake updates in a student update
     shots  updates after which samples are taken
     """
 
@@ -200,6 +200,7 @@ class Job:
     batch: int = 256
     arm: Arm = Arm()
     start: dict | None = None
+    fake_steps: int = 4
     shots: frozenset[int] = frozenset()
 
 
@@ -242,8 +243,7 @@ def distill(job: Job) -> Result:
     """
     arm, seed = job.arm, job.seed
     steps = job.steps
-    student, fake = loaded(job.start), loaded(job.start)
-    real, blended, averaged = loaded(job.start), loaded(job.start), loaded(job.start)
+    student, fake, real, blended, averaged = (loaded(job.start) for _ in range(5))
     counts = dict(student=0, fake=0, teacher=0)
     G = counted(amd.x0_from_flow(student), counts, "student")
     psi = counted(amd.x0_from_flow(fake), counts, "fake")
@@ -282,10 +282,7 @@ def distill(job: Job) -> Result:
     def told(c, t_G):
         return c._replace(exit=torch.full_like(c.y, arm.levels.index(t_G)))
 
-    guess, aware = psi, told if arm.exits == "exit-aware" else None
-    if arm.exits == "weighted":
-        guess, aware = beyond.weighted(psi, arm.levels)
-
+    guess, aware = beyond.fake_of(arm.exits, psi, arm.levels, told)
     hyper = dict(s=arm.s, tau=arm.tau, fade=max(1, steps // 2))
     method = amd.method(arm.method, lam=arm.lam, unit_w=True, **hyper)
     if not arm.sharpen:
@@ -313,7 +310,7 @@ def distill(job: Job) -> Result:
         logits=logits,
         adapt=adapt,
         aware=aware,
-        fake_steps=arm.fake_steps,
+        fake_steps=job.fake_steps,
         seed=seed,
     )
 
@@ -355,15 +352,26 @@ def hackable(reward: Callable, at: Tensor) -> Callable:
     return lambda x, c: reward(x, c) + 2 * (-(x - at).square().sum(1) / (2 * 0.4**2)).exp()
 
 
-def sensors_of(
-    reward: Callable, real: amd.Denoiser, fake: amd.Denoiser, t: float = SENSED_AT
-) -> dict[str, beyond.Sensor]:
+def sensors_of(reward: Callable, real: amd.Denoiser, fake: amd.Denoiser) -> dict:
     """What may stand in for the reward, by name."""
-    three = [hackable(reward, at) for at in SPURIOUS]
+    return teachers_sense(reward, real, fake, SENSED_AT) | hackable_rewards(reward)
+
+
+def teachers_sense(
+    reward: Callable, real: amd.Denoiser, fake: amd.Denoiser, t: float
+) -> dict[str, beyond.Sensor]:
+    """Sensors that ask the teachers at level t, by name."""
     return {
         "disagreement": beyond.disagreement(real, fake, t),
         "inconsistency": beyond.inconsistency(real, t),
         "reward of the target": beyond.of_target(reward, real, fake, t),
+    }
+
+
+def hackable_rewards(reward: Callable) -> dict[str, beyond.Sensor]:
+    """A reward that can be hacked, and ensembles of three, by name."""
+    three = [hackable(reward, at) for at in SPURIOUS]
+    return {
         "hackable reward": three[0],
         "mean of three hackable": beyond.ensemble(three),
         "worst of three hackable": beyond.ensemble(three, worst=True),
@@ -485,18 +493,21 @@ class Lab:
         return self.workers.map(fit, jobs, "fit")
 
     def run(
-        self, arms: dict[str, Arm], shots: tuple = (), steps: int | None = None
+        self,
+        arms: dict[str, Arm],
+        shots: tuple = (),
+        steps: int | None = None,
+        starts: list[dict] | None = None,
     ) -> dict[str, list[Result]]:
         """Every arm with every seed, from one start a seed."""
-        starts = self.starts()
+        starts = starts or self.starts()
         common = dict(K=self.group, batch=self.batch, shots=frozenset(shots))
         jobs = []
         for arm in arms.values():
             more = beyond.more_updates(arm.exits)
-            arm = dataclasses.replace(arm, fake_steps=more * self.fake_steps)
+            own = dict(steps=(steps or self.steps) // more, fake_steps=more * self.fake_steps)
             for seed, start in zip(self.seeds, starts, strict=True):
-                job = Job(seed, (steps or self.steps) // more, arm=arm, start=start, **common)
-                jobs.append(job)
+                jobs.append(Job(seed, arm=arm, start=start, **own, **common))
         results = iter(self.workers.map(distill, jobs, "distill"))
         return {name: [next(results) for _ in self.seeds] for name in arms}
 
@@ -705,13 +716,13 @@ def advantage_and_tilt(x: Tensor, K: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------ ideas beyond the paper
-Comparison = tuple[dict[str, Arm], dict[str, str]]  # arms; which of them another is compared with
+Comparison = tuple[dict[str, Arm], list[tuple[str, str]]]  # arms; which is compared with which
 
 
 def operators(lab: Lab) -> Comparison:
     """Other ways to join matching and guidance, at w = 1.5 with a learned teacher, against AMD.
 
-    Some take a part of the guidance away; their rival is AMD with less guidance.
+    Some take a part of the guidance away, so they are compared with AMD at less guidance, too.
     """
     common = dict(reward=lab.reward, s=lab.s, tau=lab.tau, w=1.5, learned=True)
     arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
@@ -720,24 +731,29 @@ def operators(lab: Lab) -> Comparison:
     }
     for w in (1.25, 1.0):
         arms[f"AMD, w = {w:g}"] = dataclasses.replace(arms["AMD"], w=w)
-    return arms, dict.fromkeys(arms, "AMD")
+    pairs = [(name, "AMD") for name in arms if name != "AMD"]
+    pairs += [(name, "AMD, w = 1.25") for name in arms if name.startswith("AMD, CA")]
+    return arms, pairs
 
 
 def dsa(lab: Lab) -> Comparison:
     """What Dynamic Score Adaptation does with guidance, alone and beside sharpening."""
-    arms, against = {}, {}
+    arms = {}
+    pairs = []
     for w in (1.25, 2.0):
         common = dict(reward=lab.reward, tau=lab.tau, w=w, learned=True)
-        dmd, rls = f"w = {w:g}: DMD", f"w = {w:g}: sharpening alone"
+        dmd = f"w = {w:g}: DMD"
+        rls = f"w = {w:g}: sharpening alone"
         arms[dmd] = Arm("dmd", **common)
         arms[rls] = Arm("amd", s=0.0, **common)
-        against[rls] = dmd
+        pairs.append((rls, dmd))
         for s in (0.25, 0.5, 1.0):
-            alone, both = f"w = {w:g}: DSA alone, s = {s:g}", f"w = {w:g}: AMD, s = {s:g}"
+            alone = f"w = {w:g}: DSA alone, s = {s:g}"
+            both = f"w = {w:g}: AMD, s = {s:g}"
             arms[alone] = Arm("amd", s=s, sharpen=False, **common)
             arms[both] = Arm("amd", s=s, **common)
-            against |= {alone: dmd, both: rls}
-    return arms, against
+            pairs += [(alone, dmd), (both, rls)]
+    return arms, pairs
 
 
 def sensors(lab: Lab) -> Comparison:
@@ -746,15 +762,16 @@ def sensors(lab: Lab) -> Comparison:
     arms = {"DMD": Arm("dmd", **common), "AMD": Arm("amd", **common)}
     names = sensors_of(reward_of(lab.reward), None, None)
     arms |= {f"AMD, {name}": Arm("amd", sensor=name, **common) for name in names}
-    return arms, dict.fromkeys(arms, "DMD")
+    return arms, [(name, "DMD") for name in arms if name != "DMD"]
 
 
 def rank_sensors(lab: Lab):
     """What AMD does with each sensor, and whether it ranks samples as their energy does."""
-    figure, told = compare(sensors, lab)
+    starts = lab.starts()
+    figure, told = compare(sensors, lab, starts)
     common = dict(steps=3 * lab.steps, K=lab.group, arm=Arm(reward=lab.reward))
-    starts = zip(lab.seeds, lab.starts(), strict=True)
-    jobs = [Job(seed, start=start, **common) for seed, start in starts]
+    of_seeds = zip(lab.seeds, starts, strict=True)
+    jobs = [Job(seed, start=start, **common) for seed, start in of_seeds]
     ranks = lab.workers.map(ranks_of_sensors, jobs, "sensors")
     told["ranks"] = {k: running.interval([seed[k] for seed in ranks]) for k in ranks[0]}
     for name, (mean, half) in told["ranks"].items():
@@ -786,13 +803,11 @@ def ranks_of_sensors(job: Job) -> dict[str, float]:
     }
     ranks = {}
     for where, (x, c) in places.items():
-        sensors = {"reward": reward}
+        asked = {"reward": reward} | hackable_rewards(reward)
         for t in LEVELS_OF_PUSH:
-            of_level = sensors_of(reward, denoise, fake, t)
-            asks_teachers = [*of_level][:3]
-            sensors |= {f"{name}, t = {t}": of_level[name] for name in asks_teachers}
-        sensors |= {name: of_level[name] for name in [*of_level][3:]}
-        for name, sense in sensors.items():
+            of_level = teachers_sense(reward, denoise, fake, t)
+            asked |= {f"{name}, t = {t}": sense for name, sense in of_level.items()}
+        for name, sense in asked.items():
             rank = spearmanr(sense(x, c), -energy(x)).statistic
             ranks[f"{where}: {name}"] = float(rank)
     return ranks
@@ -804,36 +819,39 @@ def fakes(lab: Lab) -> Comparison:
     DMD is measured against the whole teacher, AMD against the reward's target.
     """
     levels = tuple(1 - i / lab.student_steps for i in range(lab.student_steps))
-    arms, against = {}, {}
+    arms = {}
+    pairs = []
     for name, method, reward in (("DMD", "dmd", "global"), ("AMD", "amd", lab.reward)):
         for kind in beyond.EXITS:
+            if (name, kind) == ("DMD", "mixed"):
+                continue  # it has no groups
             arms[f"{name}, {kind}"] = Arm(method, reward, lab.s, lab.tau, levels=levels, exits=kind)
-            against[f"{name}, {kind}"] = f"{name}, one fake"
-    del arms["DMD, mixed"]  # it has no groups
-    return arms, against
+            if kind != "one fake":
+                pairs.append((f"{name}, {kind}", f"{name}, one fake"))
+    return arms, pairs
 
 
 COMPARED = dict(operators=operators, sensors=sensors, dsa=dsa, fakes=fakes)
 
 
-def compare(of: Callable[[Lab], Comparison], lab: Lab):
+def compare(of: Callable[[Lab], Comparison], lab: Lab, starts: list[dict] | None = None):
     """Every arm with every seed, and how it differs from the arm that it is compared with.
 
     Differences are taken seed by seed; they have 95 % intervals. Half of lab.steps is enough.
     """
-    arms, against = of(lab)
+    arms, pairs = of(lab)
     arms = {name: arm for name, arm in arms.items() if name.startswith(lab.only)}
-    results = lab.run(arms, steps=lab.steps // 2)
+    results = lab.run(arms, steps=lab.steps // 2, starts=starts)
     rows = {}
     for name, runs in results.items():
         *before, last = zip(*(run.exits for run in runs), strict=True)
         for number, samples in enumerate(before, 1):
             rows[f"{name}, exit {number}"] = [measure(x, arms[name].reward) for x in samples]
         rows[name] = [measure(x, arms[name].reward) for x in last]
-    pairs = [(name, other) for name, other in against.items() if name != other]
-    pairs = [(name, other) for name, other in pairs if {name, other} <= rows.keys()]
     differ = {
-        f"{name} - {other}": running.compared(rows[name], rows[other]) for name, other in pairs
+        f"{name} - {other}": running.compared(rows[name], rows[other])
+        for name, other in pairs
+        if {name, other} <= rows.keys()  # --only may have left one out
     }
 
     measures = ("off", "bad", "sw2", "reward", "spread")
@@ -1102,7 +1120,11 @@ def frame(points: dict[str, Tensor], step: int, lab: Lab):
 
 
 # ------------------------------------------------------------------------- a diagram of one update
-PLAIN, TRAINED, FROZEN, FAKE, SENSED = "#f2f2f2", "#cfe3f7", "#d5efd0", "#f8d7cf", "#fdeeb8"
+PLAIN = "#f2f2f2"
+TRAINED = "#cfe3f7"
+FROZEN = "#d5efd0"
+FAKE = "#f8d7cf"
+SENSED = "#fdeeb8"
 BOXES = {  # name: place of its centre, colour, text
     "z": (0.0, 2.0, PLAIN, "noise z\ncondition c"),
     "student": (1.6, 2.0, TRAINED, "student"),

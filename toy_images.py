@@ -77,7 +77,7 @@ def study_of_hacking() -> Study:
     """What is a reward worth, and what does it cost, by DMDR's weight and by AMD's temperature?"""
     arms = {"DMD": ("dmd", {})}
     arms |= {f"DMDR, lam = {lam:g}": ("dmdr", dict(lam=lam)) for lam in (0.05, 0.15, 0.5)}
-    arms |= {f"AMD, tau = {tau:g}": ("amd", dict(tau=tau)) for tau in (1.0, 0.5, 0.25)}
+    arms |= {f"AMD, tau = {tau:g}": ("amd", dict(tau=tau, unit_w=True)) for tau in (1.0, 0.5, 0.25)}
     return Study(arms, dict.fromkeys([*arms][1:], "DMD"), dict(reward="linear"))
 
 
@@ -476,10 +476,7 @@ def distill(job: Job) -> None:
     def told(y, t_G):
         return y, torch.full_like(y, lab.levels.index(t_G))
 
-    guess, aware = denoiser(fake), told if job.exits == "exit-aware" else None
-    if job.exits == "weighted":
-        guess, aware = beyond.weighted(denoiser(fake), lab.levels)
-
+    guess, aware = beyond.fake_of(job.exits, denoiser(fake), lab.levels, told)
     config = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, exits=job.exits)
     running.open_run(out, lab.settings | config, resume=True)
     (out / "samples").mkdir(exist_ok=True)
@@ -532,8 +529,9 @@ def method_of(job: Job, average: amd.Denoiser | None = None) -> amd.Method:
     lab = job.lab
     name, changes = lab.arms[job.what]
     hyper = dict(s=lab.s, tau=lab.tau, lam=lab.lam if name == "dmdr" else 0.0) | changes
+    hyper.setdefault("unit_w", hyper["tau"] < 1)
     operator = hyper.pop("operator", None)
-    method = amd.method(name, **hyper, unit_w=hyper["tau"] < 1)
+    method = amd.method(name, **hyper)
     if operator:
         method = method._replace(F_t=beyond.operators_of(average)[operator])
     if name == "dmdr":  # it adapts its teacher in the stage before the reward, here the base

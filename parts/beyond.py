@@ -171,6 +171,18 @@ def more_updates(kind: str) -> int:
     return 2 if kind == "more updates" else 1
 
 
+def fake_of(
+    kind: str, fake: amd.Denoiser, levels: Sequence[float], told: Callable
+) -> tuple[amd.Denoiser, Callable | None]:
+    """A fake as a kind of EXITS asks it -> it, and `aware` of amd.train.
+
+    told(c, t_G) -> c names the exit.
+    """
+    if kind == "weighted":
+        return weighted(fake, levels)
+    return fake, told if kind == "exit-aware" else None
+
+
 def generation(kind: str, denoise: amd.Denoiser, levels: Sequence[float]) -> Callable:
     """A student's generation in training, for a kind of EXITS: z, c, u -> amd.Exit.
 

@@ -17,7 +17,8 @@ def seed():
 # ---------------------------------------------------------------------------------------- operators
 def draw(B=6):
     """A micro-batch of Algorithm 1 with samples (B, 3, 2)."""
-    x, eps, t = torch.randn(B, 3, 2), torch.randn(B, 3, 2), torch.rand(B)
+    x, eps = torch.randn(2, B, 3, 2)
+    t = torch.rand(B)
     y = torch.ones(B)
     return amd.Draw(y, x, 1.0, torch.zeros(B), torch.ones(B), t, eps, amd.renoise(x, t, eps))
 
@@ -171,7 +172,8 @@ def test_an_ensemble_is_a_mean_or_the_worst():
 
 def test_the_target_is_where_matching_moves_a_sample():
     """Teachers that guess v and -v move x by 2 v, as -H_std does."""
-    x, y, v = torch.randn(5, 2), torch.ones(5), torch.tensor([1.0, -2.0])
+    x, y = torch.randn(5, 2), torch.ones(5)
+    v = torch.tensor([1.0, -2.0])
     sense = beyond.of_target(
         lambda x, _y: x[:, 1],
         lambda x_t, t, y: v.expand_as(x_t),

@@ -288,7 +288,7 @@ def test_a_comparison_may_have_some_of_its_arms(monkeypatch, only, arms):
     """Those whose names begin so; the reference is one of them, or there is nothing to compare."""
     made = {}
 
-    def run(self, arms, steps):
+    def run(self, arms, steps, starts):
         made.update(arms)
         return {name: [lab.Result({}, [torch.randn(9, 2)] * 4, {})] * 2 for name in arms}
 
