@@ -10,8 +10,9 @@
 A SiT in pixel space learns the images, a few-step student of it is trained by pure DMD, and from
 that one base every arm goes on, with every seed. One classifier is the reward; another, the judge,
 measures what comes out. --out gets table.json, curves.png, logs.png and samples.png; the table is
-printed, mean and standard deviation over seeds. A study (docs/findings.md) compares its arms seed
-by seed, too, and gets differences.png. An interrupted lab goes on with --resume.
+printed, mean and standard deviation over seeds. A study (docs/findings.md) has a base for each
+seed, compares its arms seed by seed, too, and gets differences.png. An interrupted lab goes on with
+--resume.
 """
 
 import argparse
@@ -52,14 +53,16 @@ class Study:
 
     arms      as ARMS has them; `operator` is one of beyond.operators_of
     against   the arm that each arm is compared with, at its w and kind of exits
-    settings  defaults of the command line
+    settings  defaults of the command line, and what else differs in Lab
     kinds     of beyond.EXITS; a kind is compared with "one fake", of the same arm
+    less_w    compare an arm with the other at each smaller w, too
     """
 
     arms: dict[str, tuple[str, dict]]
     against: dict[str, str]
     settings: dict
     kinds: tuple[str, ...] = ()
+    less_w: bool = False
 
 
 def study_of_dsa() -> Study:
@@ -82,11 +85,12 @@ def study_of_hacking() -> Study:
 
 
 def study_of_operators() -> Study:
-    """Other ways to join matching and guidance."""
+    """Other ways to join matching and guidance; some do it by taking guidance away."""
     arms = {"DMD": ("dmd", {}), "AMD": ("amd", {})}
     arms |= {f"AMD, {name}": ("amd", dict(operator=name)) for name in beyond.operators_of(None)}
     against = {name: "AMD" for name in arms if name != "AMD"}
-    return Study(arms, against, dict(w=[1.5]))
+    # taking a part of CA away would change the normaliser mean |d_real|, and so the weight of DM
+    return Study(arms, against, dict(w=[1.5], normalize=False), less_w=True)
 
 
 STUDIES = {
@@ -95,7 +99,8 @@ STUDIES = {
     "exits": Study(
         {"DMD": ("dmd", {}), "AMD": ("amd", {})},
         {"AMD": "DMD"},
-        dict(student_steps=4),
+        # a norm of 1 would undo a weight in the fake's loss
+        dict(student_steps=4, clip=10.0),
         tuple(beyond.EXITS),
     ),
     "hacking": study_of_hacking(),
@@ -125,6 +130,8 @@ class Lab:
     batch       samples of an update; the fits take twice as many
     base_steps  updates of pure DMD, before the arms
     steps       updates of an arm
+    clip        most that the gradient's norm of a network may be
+    normalize   of amd.train
     count       samples that are measured
     """
 
@@ -148,6 +155,8 @@ class Lab:
     lr: float = 3e-4
     fake_lr: float = 6e-4
     ema: float = 0.95
+    clip: float = 1.0
+    normalize: bool = True
     s: float = 0.5
     tau: float = 1.0
     lam: float = 0.05
@@ -477,8 +486,7 @@ def distill(job: Job) -> None:
         return y, torch.full_like(y, lab.levels.index(t_G))
 
     guess, aware = beyond.fake_of(job.exits, denoiser(fake), lab.levels, told)
-    config = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, exits=job.exits)
-    running.open_run(out, lab.settings | config, resume=True)
+    running.open_run(out, config_of(job), resume=True)
     (out / "samples").mkdir(exist_ok=True)
     parts = dict(student=(student, opt_student, ema), fake=(fake, opt_fake, None))
     start = running.load(out, **parts)
@@ -498,10 +506,11 @@ def distill(job: Job) -> None:
         K=lab.group,
         null=teacher.null,
         w=job.w,
+        normalize=lab.normalize,
         adapt=adapt,
         aware=aware,
         fake_steps=lab.fake_steps * beyond.more_updates(job.exits),
-        update=partial(amd.update, clip=1.0),
+        update=partial(amd.update, clip=lab.clip),
         seed=job.seed,
         start=start,
     )
@@ -519,6 +528,30 @@ def distill(job: Job) -> None:
     running.save(out, job.steps, keep=1, **parts)
     running.draw_log(out)
     (out / "done").touch()
+
+
+# what a base does not hang on, so that labs of other arms can share it
+OF_ARMS = {
+    "study",
+    "reward",
+    "fit_reward",
+    "fit_judge",
+    "steps",
+    "s",
+    "tau",
+    "lam",
+    "seed",
+    "count",
+    "sample_every",
+}
+
+
+def config_of(job: Job) -> dict:
+    """What config.json of a training run has: all that makes its numbers."""
+    left_out = set() if job.base else OF_ARMS
+    settings = {k: v for k, v in job.lab.settings.items() if k not in left_out}
+    own = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, exits=job.exits)
+    return settings | own
 
 
 def method_of(job: Job, average: amd.Denoiser | None = None) -> amd.Method:
@@ -575,19 +608,31 @@ def compare(lab: Lab, args: argparse.Namespace) -> None:
     rows = {name: [row] for name, row in zip(given, measured, strict=True)}
 
     bases, runs = jobs_of(lab, args)
+    for base in bases:
+        check_base(base)
     workers.map(distill, bases, "bases")
     workers.map(distill, [job for jobs in runs.values() for job in jobs], "arms")
     report(lab, rows, runs)
 
 
 def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, list[Job]]]:
-    """What is to be trained: the bases; and the arms by name, each with all seeds."""
+    """What is to be trained: the bases; and the arms by name, each with all seeds.
+
+    A study has a base for each seed, so that its intervals have the chance of the base in them.
+    """
+    seeds = range(lab.seed, lab.seed + args.seeds)
     bases, runs = [], {}
-    for w, exits in product(args.w, kinds(lab, args.exit_aware)):
+    for w, exits in product(args.w, kinds(lab, args)):
         more = beyond.more_updates(exits)
         name = condition(lab, w, exits)
-        out = lab.root / base_name(lab, name)
-        bases.append(Job(lab, "DMD", lab.base_steps // more, w, lab.seed, exits, out))
+        places = {
+            seed: lab.root / base_name(lab, name, seed)
+            for seed in (seeds if lab.study else [lab.seed])
+        }
+        bases += [
+            Job(lab, "DMD", lab.base_steps // more, w, seed, exits, place)
+            for seed, place in places.items()
+        ]
         for arm in args.arms:
             if (arm, exits) == ("DMD", "mixed"):
                 continue  # it has no groups
@@ -599,10 +644,10 @@ def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, li
                     w,
                     seed,
                     exits,
-                    folder_of(lab, arm, name, seed),
-                    out,
+                    out=lab.out / f"{arm}, {name}, seed {seed}",
+                    base=places[seed if lab.study else lab.seed],
                 )
-                for seed in range(lab.seed, lab.seed + args.seeds)
+                for seed in seeds
             ]
     return bases, runs
 
@@ -612,9 +657,13 @@ def condition(lab: Lab, w: float, exits: str) -> str:
     return f"w = {w:g}" if lab.student_steps == 1 else f"w = {w:g}, {exits}"
 
 
-def folder_of(lab: Lab, arm: str, name: str, seed: int) -> Path:
-    """Where a run of an arm lies."""
-    return lab.out / f"{arm}, {name}, seed {seed}"
+def check_base(job: Job) -> None:
+    """ValueError: what lies at the base's place was made with other settings."""
+    if (job.out / "done").exists():
+        changes = running.differences(running.read_config(job.out), config_of(job), ())
+        running.require(
+            not changes, f"{job.out} is another base ({changes}): choose its settings or no --init"
+        )
 
 
 def report(lab: Lab, rows: dict[str, list[dict]], runs: dict[str, list[Job]]) -> None:
@@ -647,18 +696,22 @@ def compare_arms(
 ) -> dict[str, dict]:
     """How each arm of a study differs from what it is compared with, seed by seed; with a picture.
 
-    That is another arm with the same exits, and the same arm with one fake.
+    That is another arm with the same exits and w or a smaller one, and the same arm with one fake.
     """
     from matplotlib.figure import Figure
 
+    study = STUDIES[lab.study]
+    smaller = sorted({job.w for job, *_ in runs.values()}) if study.less_w else []
     differ = {}
     for name, (job, *_) in runs.items():
-        other = STUDIES[lab.study].against.get(job.what)
-        pairs = [(other, job.exits)] if other else []
+        pairs = []
+        if job.what in study.against:
+            other = study.against[job.what]
+            pairs += [(other, w, job.exits) for w in (job.w, *smaller) if w <= job.w]
         if job.exits != "one fake":
-            pairs.append((job.what, "one fake"))
-        for arm, exits in pairs:
-            reference = f"{arm}, {condition(lab, job.w, exits)}"
+            pairs.append((job.what, job.w, "one fake"))
+        for arm, w, exits in dict.fromkeys(pairs):
+            reference = f"{arm}, {condition(lab, w, exits)}"
             if reference in runs:
                 differ[f"{name} - {reference}"] = running.compared(rows[name], rows[reference])
     if not differ:
@@ -671,19 +724,27 @@ def compare_arms(
     return differ
 
 
-def kinds(lab: Lab, exit_aware: bool | None) -> list[str]:
+def kinds(lab: Lab, args: argparse.Namespace) -> list[str]:
     """What is tried about exits, of beyond.EXITS. A student of one step has but one."""
     if lab.student_steps == 1:
         return ["one fake"]
     if lab.study and STUDIES[lab.study].kinds:
-        return [*STUDIES[lab.study].kinds]
+        return args.exits
     both = {"one fake": False, "exit-aware": True}
-    return [kind for kind, aware in both.items() if exit_aware in (None, aware)]
+    return [kind for kind, aware in both.items() if args.exit_aware in (None, aware)]
 
 
-def base_name(lab: Lab, name: str) -> str:
+def base_name(lab: Lab, name: str, seed: int) -> str:
     """The folder of a base, which arms with the same number of steps share."""
-    return f"base, {name}" if lab.student_steps == 1 else f"base, {lab.student_steps} steps, {name}"
+    words = ["base"]
+    if lab.student_steps > 1:
+        words.append(f"{lab.student_steps} steps")
+    words.append(name)
+    if lab.clip != Lab.clip:
+        words.append(f"clip {lab.clip:g}")
+    if not lab.normalize:
+        words.append("not normalized")
+    return ", ".join([*words, f"seed {seed}"])
 
 
 def read_measures(job: Job, step: int) -> list[dict]:
@@ -745,6 +806,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     groups["method"].add_argument(
         "--study", choices=STUDIES, help="ideas beyond the paper, with arms of their own"
     )
+    groups["method"].add_argument(
+        "--exits",
+        nargs="+",
+        choices=beyond.EXITS,
+        metavar="KIND",
+        help=f"of --study exits, which kinds are tried (all): {', '.join(beyond.EXITS)}",
+    )
     shared("s", ".5")
     shared("tau", "1")
     shared("lam", "of DMDR: .05, its own")
@@ -791,7 +859,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     defaults = dict(arms=[*ARMS], w=[1.0], seeds=3)
     if args.study:
         study = STUDIES[args.study]
-        defaults |= dict(arms=[*study.arms], seeds=5) | study.settings
+        defaults |= dict(arms=[*study.arms], seeds=5, exits=[*study.kinds] or None)
+        defaults |= {k: v for k, v in study.settings.items() if k in args}
     return running.fill(args, defaults)
 
 
@@ -800,12 +869,17 @@ def lab_of(args: argparse.Namespace) -> Lab:
     names = {field.name for field in dataclasses.fields(Lab)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     defaults = {} if args.data == "digits" else CIFAR10
+    if args.study:
+        own = STUDIES[args.study].settings
+        defaults = defaults | {k: v for k, v in own.items() if k in names and k not in given}
     lab = Lab(**defaults | given | dict(root=args.init or args.out))
     for arm in args.arms:
         running.require(arm in lab.arms, f"--arms {arm!r}: choose from {[*lab.arms]}")
+    has_kinds = bool(lab.study and STUDIES[lab.study].kinds)
+    running.require(has_kinds or args.exits is None, "--exits is for --study exits")
     if lab.study:
         running.require(args.sample_every is None, "--study samples in the end: no --sample-every")
-        if STUDIES[lab.study].kinds:
+        if has_kinds:
             running.require(lab.student_steps > 1, "--study exits: give --student-steps above 1")
             running.require(args.exit_aware is None, "--study exits tries all: no --exit-aware")
             running.require(
@@ -815,7 +889,7 @@ def lab_of(args: argparse.Namespace) -> Lab:
             running.require(lab.student_steps == 1, "but for exits a --study is of one step")
         lab = dataclasses.replace(lab, sample_every=lab.steps)
 
-    numbers = {k: v for k, v in dataclasses.asdict(lab).items() if isinstance(v, int | float)}
+    numbers = {k: v for k, v in dataclasses.asdict(lab).items() if type(v) in (int, float)}
     numbers = argparse.Namespace(**numbers | dict(seeds=args.seeds))
     checked_below = {"seed", "s", "tau", "lam", "ema"}
     running.positive(numbers, *(vars(numbers).keys() - checked_below))
@@ -828,7 +902,7 @@ def lab_of(args: argparse.Namespace) -> Lab:
     running.require(lab.count >= LEAST, f"--count {lab.count}: choose {LEAST} or more")
     if args.init:
         other = running.read_config(args.init)
-        for k in ("data", "image_size", "model"):
+        for k in ("data", "image_size", "model", "fit_teacher", "fit_judge"):
             running.require(
                 other.get(k) == getattr(lab, k),
                 f"--init {args.init} has another --{k.replace('_', '-')}: choose the same",
@@ -839,8 +913,8 @@ def lab_of(args: argparse.Namespace) -> Lab:
 def main(args: argparse.Namespace) -> None:
     lab = lab_of(args)
     read_images(lab.data, lab.image_size)
-    config = lab.settings | dict(arms=args.arms, seeds=args.seeds, w=args.w)
-    running.open_run(lab.out, config, args.resume, free=("arms", "seeds", "w"))
+    config = lab.settings | dict(arms=args.arms, seeds=args.seeds, w=args.w, exits=args.exits)
+    running.open_run(lab.out, config, args.resume, free=("arms", "seeds", "w", "exits"))
     compare(lab, args)
     print(f"see {lab.out}")
 

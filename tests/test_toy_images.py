@@ -268,7 +268,7 @@ def test_an_arm_starts_from_the_base(lab, tmp_path):
     updates of the base it has done three.
     """
     setting = settings("--init", lab, "--out", tmp_path, "--lr", "1e-9")
-    base = lab / "base, w = 1"
+    base = lab / "base, w = 1, seed 0"
 
     toy.distill(toy.Job(setting, "AMD", 1, out=tmp_path / "arm", base=base))
 
@@ -279,6 +279,38 @@ def test_an_arm_starts_from_the_base(lab, tmp_path):
         assert_close(p, start, rtol=0, atol=1e-7)
         assert not start.equal(teacher.get_parameter(name))
         assert of_arm.opt.state[p]["step"] == 3
+
+
+def test_a_base_of_other_settings_is_not_taken(lab, tmp_path):
+    """Its name does not tell all of them. What arms alone read is free."""
+    free = ["--arms", "DMD", "--seeds", 1, "--s", 1, "--tau", 2, "--count", 50, "--steps", 1]
+    make(tmp_path / "free", "--init", lab, *free)
+
+    with pytest.raises(ValueError, match=r"is another base \(lr 0.0003 -> 0.001\): choose"):
+        make(tmp_path / "out", "--init", lab, "--arms", "DMD", "--lr", "1e-3")
+
+
+def test_settings_of_a_study_reach_the_training(lab, tmp_path):
+    """A norm of at most 1e-14 is lost in AdamW's epsilon, so the student stays where it starts.
+
+    g divided by the mean of |d_real| has another size; both runs draw the same. With w = 1 there
+    would be no g in the first update, where the fake still is the teacher.
+    """
+    default = settings("--init", lab, "--out", tmp_path)
+    teacher = toy.fitted(default, "teacher")
+
+    clipped = dataclasses.replace(default, clip=1e-14, lr=1e-5)
+    toy.distill(toy.Job(clipped, "DMD", 1, w=2.0, out=tmp_path / "clipped"))
+    for lab, name in ((default, "as ever"), (dataclasses.replace(default, normalize=False), "raw")):
+        toy.distill(toy.Job(lab, "DMD", 1, w=2.0, out=tmp_path / name))
+
+    clipped, free = (loaded(tmp_path / name).student for name in ("clipped", "as ever"))
+    for name, p in clipped.named_parameters():
+        assert_close(p, teacher.get_parameter(name), rtol=1e-6, atol=1e-7)
+    assert (free.final_layer.linear.weight - teacher.final_layer.linear.weight).abs().max() > 1e-5
+    ever, raw = (read_log(tmp_path / name)[0] for name in ("as ever", "raw"))
+    assert raw["reward"] == ever["reward"]
+    assert abs(raw["g_norm"] / ever["g_norm"] - 1) > 0.01
 
 
 # ----------------------------------------------------------------------- a student of several steps
@@ -358,7 +390,10 @@ def test_one_kind_of_fake_is_told_exits_and_learns_of_them(lab, exits):
     Both exits came by the end of the arm, so both have learned. The other kind has no vectors for
     exits, or its checkpoint would not load.
     """
-    for folder, name in ((lab, "base, 2 steps, w = 1, {}"), (exits, "AMD, w = 1, {}, seed 0")):
+    for folder, name in (
+        (lab, "base, 2 steps, w = 1, {}, seed 0"),
+        (exits, "AMD, w = 1, {}, seed 0"),
+    ):
         aware = loaded(folder / name.format("exit-aware"), aware=True)
         loaded(folder / name.format("one fake"), aware=False)
 
@@ -382,7 +417,7 @@ def test_either_flag_leaves_one_kind_of_fake(flags, kinds):
     """A student of one step has one exit, so there is nothing to tell, whatever was asked."""
     args = toy.parse(flags.split())
 
-    found = toy.kinds(toy.lab_of(args), args.exit_aware)
+    found = toy.kinds(toy.lab_of(args), args)
 
     assert found == kinds
 
@@ -393,7 +428,7 @@ def study(lab, tmp_path_factory):
     """The folder of the study of exits, of one arm, with students of two steps."""
     out = tmp_path_factory.mktemp("study")
     flags = "--study exits --arms AMD --student-steps 2 --seeds 1 --base-steps 2 --steps 4"
-    flags = [*flags.split(), "--batch", 16, "--count", 60]
+    flags = [*flags.split(), *TINY[:6], "--batch", 16, "--count", 60]
     run_main("toy_images", [*flags, "--init", lab, "--out", out])
     return out
 
@@ -425,6 +460,30 @@ def test_a_study_compares_arms_seed_by_seed(tmp_path, study):
         assert row["FD"] == pytest.approx([(a + b) / 2, 12.706 * abs(a - b) / 2], rel=1e-3)
     assert (tmp_path / "differences.png").stat().st_size > 5000
     assert table_of(study)["differences"].keys() < wanted
+
+
+def test_operators_are_compared_with_less_guidance(tmp_path):
+    """For some take guidance away. A study has a base for each seed, w and what else makes it."""
+    arms = ["AMD", "AMD, CA less its part along DM"]
+    flags = ["--study", "operators", "--w", "1.5", "1", "--seeds", "2", "--seed", "7"]
+    args = toy.parse([*flags, "--arms", *arms, "--out", str(tmp_path)])
+    lab = toy.lab_of(args)
+    bases, runs = toy.jobs_of(lab, args)
+    rows = {name: [dict.fromkeys(MEASURES, 0.0)] * 2 for name in runs}
+
+    differ = toy.compare_arms(lab, rows, runs)
+
+    of_w, of_less = (f"AMD, CA less its part along DM, w = {w}" for w in (1.5, 1))
+    assert differ.keys() == {
+        f"{of_w} - AMD, w = 1.5",
+        f"{of_w} - AMD, w = 1",
+        f"{of_less} - AMD, w = 1",
+    }
+    assert {base.out.name for base in bases} == {
+        f"base, w = {w}, not normalized, seed {seed}" for w in (1.5, 1) for seed in (7, 8)
+    }
+    of_job = {(job.w, job.seed): job.base for jobs in runs.values() for job in jobs}
+    assert of_job == {(base.w, base.seed): base.out for base in bases}
 
 
 def test_a_kind_of_exits_is_another_way_to_train(study):
@@ -653,6 +712,8 @@ def test_solve_approaches_the_exact_solution():
         ("--study exits --exit-aware", "tries all: no --exit-aware"),
         ("--study exits --steps 1", "choose more --steps"),
         ("--study operators --student-steps 4", "a --study is of one step"),
+        ("--exits weighted --student-steps 4", "--exits is for --study exits"),
+        ("--study dsa --exits weighted", "--exits is for --study exits"),
         ("--study exits --sample-every 5", "--study samples in the end: no --sample-every"),
     ],
 )
