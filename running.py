@@ -525,7 +525,7 @@ def load(out: Path, **parts) -> int:
     """Fill the parts from the newest checkpoint of out -> its step, or 0 if there is none.
 
     There may be more or fewer ranks than there were. Resume only what your own runs wrote, for the
-    metadata of a checkpoint is a pickle. ValueError: it is damaged, or of other networks.
+    metadata of a checkpoint is a pickle. ValueError: it is damaged, or has other parts.
     """
     found = checkpoints(out)
     if not found:
@@ -535,24 +535,40 @@ def load(out: Path, **parts) -> int:
     state = tensors(parts)
     try:
         with quiet():
-            saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata.keys()
-            # Only the optimizer's state of a parameter that never had a gradient may be missing.
-            odd = {k for k in state.keys() ^ saved if k in saved or ".opt." not in k}
-            if odd:
-                raise KeyError(f"see {min(odd)}")
-            state = {k: state[k] for k in saved}
-            dcp.load(state, checkpoint_id=found[-1])  # in place, but for what is no tensor
+            saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+            others = unlike(state, saved)
+            if not others:
+                state = {k: state[k] for k in saved}
+                dcp.load(state, checkpoint_id=found[-1])  # in place, but for what is no tensor
     except (Exception, dcp.CheckpointException) as error:
         reason = f"{str(error).splitlines()[0]:.80}"
         raise ValueError(
-            f"{found[-1]} is damaged or of other networks ({reason}): remove it to resume from the"
-            " one before, or choose another folder"
+            f"{found[-1]} is damaged ({reason}): remove it to resume from the one before"
         ) from error
+    require(
+        not others,
+        f"{found[-1]} holds other parts or other networks ({', '.join(others[:3])}): give those"
+        " that were saved, or choose another folder",
+    )
     for name, (_, opt, _) in parts.items():
         for i, p in enumerate(parameters(opt)):
             own = {k: f"{name}.opt.{i}.{k}" for k in opt.state[p]}
             opt.state[p] = {k: state[at] for k, at in own.items() if at in saved}
     return step_of(found[-1])
+
+
+def unlike(state: dict, saved: dict) -> list[str]:
+    """What a checkpoint lacks, has too much, or has in another shape, by the names of its tensors.
+
+    saved is its metadata. Only the optimizer's state of a parameter that never had a gradient may
+    be missing.
+    """
+    names = {k for k in state.keys() ^ saved.keys() if k in saved or ".opt." not in k}
+    for k in state.keys() & saved.keys():
+        shape = getattr(saved[k], "size", None)  # what is no tensor has none
+        if shape is not None and shape != state[k].shape:
+            names.add(k)
+    return sorted(names)
 
 
 def fill_state(opt: torch.optim.Optimizer) -> None:

@@ -577,14 +577,24 @@ def test_optimizers_and_averages_are_restored(tmp_path):
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path, foreign):
     """A network must not be filled in part, whether a shape, a weight or a name is another.
 
-    The error is one line, though that of torch has many.
+    The error is one line. It does not call a whole checkpoint damaged, which one would remove.
     """
     running.save(tmp_path, 1, **parts_of(nn.Linear(4, 4)))
 
-    with pytest.raises(ValueError, match="choose another folder") as error:
+    with pytest.raises(ValueError, match=r"\(student\.net.*choose another folder") as error:
         running.load(tmp_path, **parts_of(foreign))
 
     assert "\n" not in str(error.value)
+    assert "damaged" not in str(error.value)
+
+
+def test_a_part_that_was_not_saved_is_named(tmp_path):
+    """As a student alone is, where student and fake were saved."""
+    parts = parts_of(nn.Linear(4, 4))
+    running.save(tmp_path, 1, **parts, fake=parts["student"])
+
+    with pytest.raises(ValueError, match=r"holds other parts .*\(fake\.net.*give those"):
+        running.load(tmp_path, **parts)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
