@@ -7,6 +7,7 @@ short as can be, and no test looks at what they show.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 
 import amd
 import toy2d as lab
-from helpers import ROOT
+from helpers import ROOT, run_main
 
 
 @pytest.fixture(autouse=True)
@@ -173,14 +174,12 @@ def test_there_are_no_more_workers_than_cores_that_may_be_used():
 # -------------------------------------------------------------------------------------- the figures
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """The folder of all figures, each with one seed and four student updates.
-
-    One process makes them, because a pool of workers and its imports are most of the time.
-    """
+    """The folder of all figures, each with one seed, four student updates and few samples."""
     out = tmp_path_factory.mktemp("figures")
     flags = "--figure all --steps 4 --fit 20 --batch 32 --group 8 --seeds 1"
-    command = [sys.executable, ROOT / "toy2d.py", *flags.split(), "--out", out]
-    subprocess.run(command, cwd=out, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "SAMPLES", 1200)
+        run_main("toy2d", [*flags.split(), "--out", out])
     return out
 
 
@@ -313,8 +312,7 @@ def test_tables_are_strict_json(figures):
 def test_the_animation_has_a_frame_for_each_of_its_updates(tmp_path):
     """Three panels side by side, small enough for a page."""
     flags = "--animate --steps 4 --fit 20 --batch 32 --group 8"
-    command = [sys.executable, ROOT / "toy2d.py", *flags.split(), "--out", tmp_path]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    run_main("toy2d", [*flags.split(), "--out", tmp_path])
     movie = Image.open(tmp_path / "shaping.gif")
     assert movie.n_frames == 5
     assert movie.width > 2 * movie.height
@@ -324,7 +322,7 @@ def test_the_animation_has_a_frame_for_each_of_its_updates(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--s 2", "choose s in"),
+        ("--tau 0", "choose tau above 0"),
         ("--figure dsa --only AMD", "--only AMD: choose how one of w = 1.25: DMD"),
         ("--figure tilt --only AMD", "--only is for --figure operators, sensors"),
         ("--figure fakes --steps 3", "--steps 3: choose 4 or more"),
@@ -333,19 +331,26 @@ def test_the_animation_has_a_frame_for_each_of_its_updates(tmp_path):
         ("--fake-steps 0", "--fake-steps 0: choose"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, message):
-    """It ends before anything is written: `file` is no folder, so nothing can be made in it."""
+def test_bad_input_says_what_to_mend_before_anything_is_written(
+    tmp_path, monkeypatch, flags, message
+):
+    """`file` is no folder, so nothing can be made in it."""
     (tmp_path / "file").touch()
-    command = [sys.executable, ROOT / "toy2d.py", *flags.split()]
+    monkeypatch.chdir(tmp_path)
 
-    got = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run_main("toy2d", flags.split())
+
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    """Of a process; what else may be wrong is tested above."""
+    command = [sys.executable, ROOT / "toy2d.py", "--s", "2"]
+
+    got = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert got.returncode == 2
-    assert message in got.stderr
+    assert "choose s in" in got.stderr
     assert got.stderr.count("\n") == 1
-    assert not (tmp_path / "runs").exists()

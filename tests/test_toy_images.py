@@ -283,11 +283,17 @@ def test_an_arm_starts_from_the_base(lab, tmp_path):
 
 def test_a_base_of_other_settings_is_not_taken(lab, tmp_path):
     """Its name does not tell all of them. What arms alone read is free."""
-    free = ["--arms", "DMD", "--seeds", 1, "--s", 1, "--tau", 2, "--count", 50, "--steps", 1]
-    make(tmp_path / "free", "--init", lab, *free)
 
+    def check(*flags):
+        args = toy.parse([*TINY, "--init", str(lab), *flags])
+        bases, _ = toy.jobs_of(toy.lab_of(args), args)
+        for base in bases:
+            assert (base.out / "done").exists()
+            toy.check_base(base)
+
+    check("--s", "1", "--tau", "2", "--count", "50", "--steps", "1", "--reward", "linear")
     with pytest.raises(ValueError, match=r"is another base \(lr 0.0003 -> 0.001\): choose"):
-        make(tmp_path / "out", "--init", lab, "--arms", "DMD", "--lr", "1e-3")
+        check("--lr", "1e-3")
 
 
 def test_settings_of_a_study_reach_the_training(lab, tmp_path):
