@@ -543,7 +543,8 @@ def load(out: Path, **parts) -> int:
     except (Exception, dcp.CheckpointException) as error:
         reason = f"{str(error).splitlines()[0]:.80}"
         raise ValueError(
-            f"{found[-1]} is damaged ({reason}): remove it to resume from the one before"
+            f"{found[-1]} cannot be read ({reason}): if it is damaged, remove it to resume from the"
+            " one before"
         ) from error
     require(
         not others,
@@ -565,8 +566,8 @@ def unlike(state: dict, saved: dict) -> list[str]:
     """
     names = {k for k in state.keys() ^ saved.keys() if k in saved or ".opt." not in k}
     for k in state.keys() & saved.keys():
-        shape = getattr(saved[k], "size", None)  # what is no tensor has none
-        if shape is not None and shape != state[k].shape:
+        # what is no tensor, as the step of an 8-bit optimizer, has no shape
+        if getattr(saved[k], "size", None) != getattr(state[k], "shape", None):
             names.add(k)
     return sorted(names)
 
@@ -770,6 +771,7 @@ def draw_differences(panels: Sequence, differences: dict[str, dict], measures: S
         ax.errorbar(mean, at, xerr=half, fmt="o", ms=3, capsize=3)
         ax.axvline(0, color="grey", lw=0.8)
         ax.set(title=f"{measure}: difference", yticks=[])
+        ax.locator_params(axis="x", nbins=5)
     panels[0].set_yticks(at, [*differences], fontsize=7)
 
 

@@ -8,15 +8,16 @@
     python toy_images.py --study exits --init runs/toy_images --out runs/exits  # beyond the paper
 
 A SiT in pixel space learns the images, a few-step student of it is trained by pure DMD, and from
-that one base every arm goes on, with every seed. One classifier is the reward; another, the judge,
-measures what comes out. --out gets table.json, curves.png, logs.png and samples.png; the table is
-printed, mean and standard deviation over seeds. A study (docs/findings.md) has a base for each
-seed, compares its arms seed by seed, too, and gets differences.png. An interrupted lab goes on with
---resume.
+this base every arm goes on, with every seed; in a study (docs/findings.md) each seed has a base of
+its own. One classifier is the reward; another, the judge, measures what comes out. --out gets
+table.json, curves.png, logs.png and samples.png; the table is printed, mean and standard deviation
+over seeds. A study compares its arms seed by seed, too, and gets differences.png. An interrupted
+lab goes on with --resume.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -123,15 +124,15 @@ HELD_OUT = 5  # each fifth image is not trained on
 
 @dataclass(frozen=True)
 class Lab:
-    """All settings; the command line may change each of them.
+    """All settings; most have a flag.
 
     root        where the networks and the bases lie
     fit_*       updates that the teacher, the reward and the judge are trained for
     batch       samples of an update; the fits take twice as many
     base_steps  updates of pure DMD, before the arms
     steps       updates of an arm
-    clip        most that the gradient's norm of a network may be
-    normalize   of amd.train
+    clip        the largest norm of a network's gradient
+    normalize   divide g by the mean of |d_real|, as amd.train does?
     count       samples that are measured
     """
 
@@ -308,7 +309,7 @@ def build(lab: Lab, what: str) -> nn.Module:
 
 def file_of(lab: Lab, what: str) -> Path:
     """Where the weights of a fitted network lie."""
-    name = f"reward_{lab.reward}" if what == "reward" else what
+    name = f"reward_{lab.reward}_{lab.fit_reward}" if what == "reward" else what
     return lab.root / f"{name}.pt"
 
 
@@ -491,7 +492,8 @@ def distill(job: Job) -> None:
     parts = dict(student=(student, opt_student, ema), fake=(fake, opt_fake, None))
     start = running.load(out, **parts)
     if start == 0 and job.base:
-        running.load(job.base, **parts)
+        found = running.load(job.base, **parts)
+        running.require(found, f"{job.base} has no checkpoint: remove it, to make it anew")
     beyond.follow(averaged, fake, rate=1.0)
 
     updates = amd.train(
@@ -530,7 +532,7 @@ def distill(job: Job) -> None:
     (out / "done").touch()
 
 
-# what a base does not hang on, so that labs of other arms can share it
+# what a base does not depend on, so that labs of other arms can share it
 OF_ARMS = {
     "study",
     "reward",
@@ -547,7 +549,7 @@ OF_ARMS = {
 
 
 def config_of(job: Job) -> dict:
-    """What config.json of a training run has: all that makes its numbers."""
+    """What config.json of a training run has: all that makes its networks."""
     left_out = set() if job.base else OF_ARMS
     settings = {k: v for k, v in job.lab.settings.items() if k not in left_out}
     own = dict(arm=job.what, steps=job.steps, w=job.w, seed=job.seed, exits=job.exits)
@@ -594,7 +596,7 @@ def show(job: Job, generate: Callable, step: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------- the table
-def compare(lab: Lab, args: argparse.Namespace) -> None:
+def compare(lab: Lab, w: list[float], bases: list[Job], runs: dict[str, list[Job]]) -> None:
     """Fit the networks, train the bases and the arms, and write table and pictures."""
     read_images(lab.data, lab.image_size)  # the workers inherit them
     workers = running.Workers(0 if torch.cuda.is_available() else None)
@@ -603,13 +605,10 @@ def compare(lab: Lab, args: argparse.Namespace) -> None:
     workers.map(fit, [Job(lab, what, steps) for what, steps in fits.items()], "networks")
 
     given = {"real, held out": Job(lab, "real", 0)}
-    given |= {f"teacher, w = {w:g}": Job(lab, "teacher", 0, w) for w in args.w}
+    given |= {f"teacher, w = {scale:g}": Job(lab, "teacher", 0, scale) for scale in w}
     measured = workers.map(measure_given, [*given.values()], "measures")
     rows = {name: [row] for name, row in zip(given, measured, strict=True)}
 
-    bases, runs = jobs_of(lab, args)
-    for base in bases:
-        check_base(base)
     workers.map(distill, bases, "bases")
     workers.map(distill, [job for jobs in runs.values() for job in jobs], "arms")
     report(lab, rows, runs)
@@ -618,17 +617,15 @@ def compare(lab: Lab, args: argparse.Namespace) -> None:
 def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, list[Job]]]:
     """What is to be trained: the bases; and the arms by name, each with all seeds.
 
-    A study has a base for each seed, so that its intervals have the chance of the base in them.
+    A study has a base for each seed, so that its intervals include how much bases vary.
     """
     seeds = range(lab.seed, lab.seed + args.seeds)
+    of_bases = seeds if lab.study else [lab.seed]
     bases, runs = [], {}
     for w, exits in product(args.w, kinds(lab, args)):
         more = beyond.more_updates(exits)
         name = condition(lab, w, exits)
-        places = {
-            seed: lab.root / base_name(lab, name, seed)
-            for seed in (seeds if lab.study else [lab.seed])
-        }
+        places = {seed: lab.root / base_name(lab, name, seed) for seed in of_bases}
         bases += [
             Job(lab, "DMD", lab.base_steps // more, w, seed, exits, place)
             for seed, place in places.items()
@@ -645,7 +642,7 @@ def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, li
                     seed,
                     exits,
                     out=lab.out / f"{arm}, {name}, seed {seed}",
-                    base=places[seed if lab.study else lab.seed],
+                    base=places.get(seed, places[lab.seed]),
                 )
                 for seed in seeds
             ]
@@ -701,16 +698,17 @@ def compare_arms(
     from matplotlib.figure import Figure
 
     study = STUDIES[lab.study]
-    smaller = sorted({job.w for job, *_ in runs.values()}) if study.less_w else []
+    scales = sorted({job.w for job, *_ in runs.values()})
     differ = {}
     for name, (job, *_) in runs.items():
         pairs = []
         if job.what in study.against:
             other = study.against[job.what]
-            pairs += [(other, w, job.exits) for w in (job.w, *smaller) if w <= job.w]
+            smaller = [w for w in scales if w < job.w] if study.less_w else []
+            pairs += [(other, w, job.exits) for w in (job.w, *smaller)]
         if job.exits != "one fake":
             pairs.append((job.what, job.w, "one fake"))
-        for arm, w, exits in dict.fromkeys(pairs):
+        for arm, w, exits in pairs:
             reference = f"{arm}, {condition(lab, w, exits)}"
             if reference in runs:
                 differ[f"{name} - {reference}"] = running.compared(rows[name], rows[reference])
@@ -811,7 +809,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=beyond.EXITS,
         metavar="KIND",
-        help=f"of --study exits, which kinds are tried (all): {', '.join(beyond.EXITS)}",
+        help=f"what --study exits tries (all): {', '.join(beyond.EXITS)}",
     )
     shared("s", ".5")
     shared("tau", "1")
@@ -852,16 +850,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared("init", "another lab, whose networks and bases are shared")
 
     shared("out", "runs/toy_images", default=Path("runs/toy_images"))
-    shared("resume", "with more --arms and --seeds, too")
+    shared("resume", "with more --arms, --seeds, --w or --exits, too")
     shared("sample-every", "25; cifar10 75; a study samples in the end alone")
     groups["sampling"].add_argument("--count", type=int, help="samples that are measured (2,000)")
     args = parser.parse_args(argv)
     defaults = dict(arms=[*ARMS], w=[1.0], seeds=3)
     if args.study:
         study = STUDIES[args.study]
-        defaults |= dict(arms=[*study.arms], seeds=5, exits=[*study.kinds] or None)
-        defaults |= {k: v for k, v in study.settings.items() if k in args}
-    return running.fill(args, defaults)
+        w = study.settings.get("w", [1.0])
+        defaults = dict(arms=[*study.arms], w=w, seeds=5, exits=[*study.kinds] or None)
+    args = running.fill(args, defaults)
+    for name in ("arms", "w", "exits"):  # two jobs must not work in one folder
+        given = getattr(args, name)
+        setattr(args, name, given and [*dict.fromkeys(given)])
+    return args
 
 
 def lab_of(args: argparse.Namespace) -> Lab:
@@ -870,8 +872,8 @@ def lab_of(args: argparse.Namespace) -> Lab:
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     defaults = {} if args.data == "digits" else CIFAR10
     if args.study:
-        own = STUDIES[args.study].settings
-        defaults = defaults | {k: v for k, v in own.items() if k in names and k not in given}
+        settings = STUDIES[args.study].settings
+        defaults = defaults | {k: v for k, v in settings.items() if k in names}
     lab = Lab(**defaults | given | dict(root=args.init or args.out))
     for arm in args.arms:
         running.require(arm in lab.arms, f"--arms {arm!r}: choose from {[*lab.arms]}")
@@ -881,7 +883,7 @@ def lab_of(args: argparse.Namespace) -> Lab:
         running.require(args.sample_every is None, "--study samples in the end: no --sample-every")
         if has_kinds:
             running.require(lab.student_steps > 1, "--study exits: give --student-steps above 1")
-            running.require(args.exit_aware is None, "--study exits tries all: no --exit-aware")
+            running.require(args.exit_aware is None, "choose kinds by --exits, not --exit-aware")
             running.require(
                 min(lab.steps, lab.base_steps) > 1, "--study exits: choose more --steps"
             )
@@ -910,12 +912,33 @@ def lab_of(args: argparse.Namespace) -> Lab:
     return lab
 
 
+def mark_of(init: Path | None) -> str | None:
+    """What tells the networks of another lab from any others; None: this lab has its own.
+
+    It is a mark of what is in their files, for labs may be moved. ValueError: there are none yet.
+    """
+    if init is None:
+        return None
+    mark = hashlib.sha256()
+    for name in ("teacher.pt", "judge.pt"):
+        path = Path(init) / name
+        running.require(path.exists(), f"--init {init} has no {name}: let that lab go on first")
+        mark.update(path.read_bytes())
+    return mark.hexdigest()[:12]
+
+
 def main(args: argparse.Namespace) -> None:
     lab = lab_of(args)
     read_images(lab.data, lab.image_size)
-    config = lab.settings | dict(arms=args.arms, seeds=args.seeds, w=args.w, exits=args.exits)
-    running.open_run(lab.out, config, args.resume, free=("arms", "seeds", "w", "exits"))
-    compare(lab, args)
+    bases, runs = jobs_of(lab, args)
+    running.require(runs, "DMD has no groups, so no mixed exits: choose more --exits")
+    if args.init:
+        for base in bases:
+            check_base(base)
+    free = dict(arms=args.arms, seeds=args.seeds, w=args.w, exits=args.exits)
+    config = lab.settings | dict(networks=mark_of(args.init)) | free
+    running.open_run(lab.out, config, args.resume, free)
+    compare(lab, args.w, bases, runs)
     print(f"see {lab.out}")
 
 

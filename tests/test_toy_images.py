@@ -283,20 +283,48 @@ def test_an_arm_starts_from_the_base(lab, tmp_path):
 
 def test_a_base_of_other_settings_is_not_taken(lab, tmp_path):
     """Its name does not tell all of them. What arms alone read is free."""
+    free = "--s 1 --tau 2 --count 50 --steps 1 --reward linear --arms DMD"
+    args = toy.parse([*TINY, "--init", str(lab), *free.split()])
+    (base,), _ = toy.jobs_of(toy.lab_of(args), args)
+    assert (base.out / "done").exists()
+    toy.check_base(base)
 
-    def check(*flags):
-        args = toy.parse([*TINY, "--init", str(lab), *flags])
-        bases, _ = toy.jobs_of(toy.lab_of(args), args)
-        for base in bases:
-            assert (base.out / "done").exists()
-            toy.check_base(base)
-
-    check("--s", "1", "--tau", "2", "--count", "50", "--steps", "1", "--reward", "linear")
+    out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"is another base \(lr 0.0003 -> 0.001\): choose"):
-        check("--lr", "1e-3")
+        make(out, "--init", lab, "--arms", "DMD", "--lr", "1e-3")
+    assert not out.exists()
 
 
-def test_settings_of_a_study_reach_the_training(lab, tmp_path):
+def test_a_base_without_its_checkpoint_is_no_start(lab, tmp_path):
+    """An arm would begin as the teacher, and nobody would know."""
+    base = tmp_path / "base"
+    shutil.copytree(lab / "base, w = 1, seed 0", base)
+    shutil.rmtree(base / "checkpoints")
+
+    with pytest.raises(ValueError, match="base has no checkpoint: remove it"):
+        toy.distill(toy.Job(settings("--init", lab), "AMD", 1, out=tmp_path / "arm", base=base))
+
+
+def test_networks_of_another_lab_stay_the_same(lab, tmp_path):
+    """A lab that is resumed without --init would train its own, for half of its table."""
+    out = tmp_path / "out"
+    config = running.read_config(lab) | dict(networks=toy.mark_of(lab))
+    running.open_run(out, config)
+    (out / "log.jsonl").touch()
+
+    with pytest.raises(ValueError, match="holds another run"):
+        make(out, "--arms", "DMD", "--seeds", 1, "--resume")
+
+
+def test_a_lab_without_networks_is_not_shared(lab, tmp_path):
+    """It was stopped while it fitted them."""
+    shutil.copy(lab / "config.json", tmp_path)
+
+    with pytest.raises(ValueError, match=r"has no teacher.pt: let that lab go on first"):
+        make(tmp_path / "out", "--init", tmp_path)
+
+
+def test_clip_and_normalize_reach_the_training(lab, tmp_path):
     """A norm of at most 1e-14 is lost in AdamW's epsilon, so the student stays where it starts.
 
     g divided by the mean of |d_real| has another size; both runs draw the same. With w = 1 there
@@ -305,15 +333,15 @@ def test_settings_of_a_study_reach_the_training(lab, tmp_path):
     default = settings("--init", lab, "--out", tmp_path)
     teacher = toy.fitted(default, "teacher")
 
-    clipped = dataclasses.replace(default, clip=1e-14, lr=1e-5)
-    toy.distill(toy.Job(clipped, "DMD", 1, w=2.0, out=tmp_path / "clipped"))
-    for lab, name in ((default, "as ever"), (dataclasses.replace(default, normalize=False), "raw")):
-        toy.distill(toy.Job(lab, "DMD", 1, w=2.0, out=tmp_path / name))
+    changed = {"as ever": {}, "clipped": dict(clip=1e-14), "raw": dict(normalize=False)}
+    for name, change in changed.items():
+        own = dataclasses.replace(default, **change)
+        toy.distill(toy.Job(own, "DMD", 1, w=2.0, out=tmp_path / name))
 
     clipped, free = (loaded(tmp_path / name).student for name in ("clipped", "as ever"))
     for name, p in clipped.named_parameters():
-        assert_close(p, teacher.get_parameter(name), rtol=1e-6, atol=1e-7)
-    assert (free.final_layer.linear.weight - teacher.final_layer.linear.weight).abs().max() > 1e-5
+        assert_close(p, teacher.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert (free.final_layer.linear.weight - teacher.final_layer.linear.weight).abs().max() > 1e-4
     ever, raw = (read_log(tmp_path / name)[0] for name in ("as ever", "raw"))
     assert raw["reward"] == ever["reward"]
     assert abs(raw["g_norm"] / ever["g_norm"] - 1) > 0.01
@@ -417,6 +445,8 @@ def test_one_kind_of_fake_is_told_exits_and_learns_of_them(lab, exits):
         ("--student-steps 2", ["one fake", "exit-aware"]),
         ("--student-steps 2 --exit-aware", ["exit-aware"]),
         ("--student-steps 2 --no-exit-aware", ["one fake"]),
+        ("--study exits --exits mixed weighted mixed", ["mixed", "weighted"]),
+        ("--study exits", [*beyond.EXITS]),
     ],
 )
 def test_either_flag_leaves_one_kind_of_fake(flags, kinds):
@@ -446,6 +476,7 @@ def test_a_study_compares_arms_seed_by_seed(tmp_path, study):
     """
     args = toy.parse(["--study", "exits", "--seeds", "2", "--out", str(tmp_path)])
     lab = toy.lab_of(args)
+    assert lab.clip == 10
     _, runs = toy.jobs_of(lab, args)
     rows = {
         name: [{measure: random.random() for measure in MEASURES} for _ in jobs]
@@ -469,7 +500,7 @@ def test_a_study_compares_arms_seed_by_seed(tmp_path, study):
 
 
 def test_operators_are_compared_with_less_guidance(tmp_path):
-    """For some take guidance away. A study has a base for each seed, w and what else makes it."""
+    """For some take guidance away. There is a base for each seed and w."""
     arms = ["AMD", "AMD, CA less its part along DM"]
     flags = ["--study", "operators", "--w", "1.5", "1", "--seeds", "2", "--seed", "7"]
     args = toy.parse([*flags, "--arms", *arms, "--out", str(tmp_path)])
@@ -488,8 +519,8 @@ def test_operators_are_compared_with_less_guidance(tmp_path):
     assert {base.out.name for base in bases} == {
         f"base, w = {w}, not normalized, seed {seed}" for w in (1.5, 1) for seed in (7, 8)
     }
-    of_job = {(job.w, job.seed): job.base for jobs in runs.values() for job in jobs}
-    assert of_job == {(base.w, base.seed): base.out for base in bases}
+    of_jobs = {(job.w, job.seed, job.base) for jobs in runs.values() for job in jobs}
+    assert of_jobs == {(base.w, base.seed, base.out) for base in bases}
 
 
 def test_a_kind_of_exits_is_another_way_to_train(study):
@@ -638,8 +669,8 @@ def test_a_linear_reward_has_a_file_of_its_own(lab, tmp_path):
     assert {path.name for path in tmp_path.glob("*.pt")} == {
         "teacher.pt",
         "judge.pt",
-        "reward_cnn.pt",
-        "reward_linear.pt",
+        "reward_cnn_5.pt",
+        "reward_linear_5.pt",
     }
     assert times_of(tmp_path, *map(str, kept)) == kept
     net = toy.fitted(linear, "reward")
@@ -715,11 +746,12 @@ def test_solve_approaches_the_exact_solution():
         ("--arms AMD nothing", "--arms 'nothing': choose from ['DMD', 'DSA only'"),
         ("--study hacking --arms naive", "choose from ['DMD', 'DMDR, lam = 0.05'"),
         ("--study exits --student-steps 1", "give --student-steps above 1"),
-        ("--study exits --exit-aware", "tries all: no --exit-aware"),
+        ("--study exits --exit-aware", "choose kinds by --exits, not --exit-aware"),
         ("--study exits --steps 1", "choose more --steps"),
         ("--study operators --student-steps 4", "a --study is of one step"),
         ("--exits weighted --student-steps 4", "--exits is for --study exits"),
         ("--study dsa --exits weighted", "--exits is for --study exits"),
+        ("--study exits --exits mixed --arms DMD", "no mixed exits: choose more --exits"),
         ("--study exits --sample-every 5", "--study samples in the end: no --sample-every"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_model_of_another_noise_or_kind_is_refused_in_a_line(model, tmp_path, 
 
 def test_a_model_that_cannot_be_had_is_told_from_one_that_is_wrong(monkeypatch):
     """Without a connection the hub's libraries blame a file's name."""
-    # read from the environment when the module is imported
+    # the module reads the environment when it is imported
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="could not be downloaded: check its name and your conn"):
         unet.index_of("nobody/nothing")
