@@ -559,17 +559,19 @@ def load(out: Path, **parts) -> int:
 
 
 def unlike(state: dict, saved: dict) -> list[str]:
-    """What a checkpoint lacks, has too much, or has in another shape, by the names of its tensors.
+    """The names of tensors that one of both lacks, or has in another shape, sorted.
 
-    saved is its metadata. Only the optimizer's state of a parameter that never had a gradient may
-    be missing.
+    state is to be filled, saved is the metadata of a checkpoint. Only the optimizer's state of a
+    parameter that never had a gradient may be missing there.
     """
-    names = {k for k in state.keys() ^ saved.keys() if k in saved or ".opt." not in k}
-    for k in state.keys() & saved.keys():
-        # what is no tensor, as the step of an 8-bit optimizer, has no shape
-        if getattr(saved[k], "size", None) != getattr(state[k], "shape", None):
-            names.add(k)
-    return sorted(names)
+
+    def shapes_differ(k):  # what is no tensor, as the step of an 8-bit optimizer, has no shape
+        return getattr(saved[k], "size", None) != getattr(state[k], "shape", None)
+
+    missing = {k for k in state.keys() - saved.keys() if ".opt." not in k}
+    surplus = saved.keys() - state.keys()
+    reshaped = {k for k in state.keys() & saved.keys() if shapes_differ(k)}
+    return sorted(missing | surplus | reshaped)
 
 
 def fill_state(opt: torch.optim.Optimizer) -> None:

@@ -642,7 +642,7 @@ def jobs_of(lab: Lab, args: argparse.Namespace) -> tuple[list[Job], dict[str, li
                     seed,
                     exits,
                     out=lab.out / f"{arm}, {name}, seed {seed}",
-                    base=places.get(seed, places[lab.seed]),
+                    base=places.get(seed, places[lab.seed]),  # one for all, but in a study
                 )
                 for seed in seeds
             ]

@@ -597,6 +597,19 @@ def test_a_part_that_was_not_saved_is_named(tmp_path):
         running.load(tmp_path, **parts)
 
 
+def test_a_checkpoint_of_another_optimizer_is_whole(tmp_path):
+    """The step of an 8-bit optimizer is a number, and that of AdamW a tensor."""
+    from bitsandbytes.optim import AdamW8bit
+
+    parts = parts_of(nn.Linear(4, 4))
+    running.fill_state(parts["student"][1])
+    running.save(tmp_path, 1, **parts)
+    net = nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match=r"holds other parts .*student\.opt"):
+        running.load(tmp_path, student=(net, AdamW8bit(net.parameters()), None))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     """A user must learn which one to remove, so as to resume from the one before.
 
