@@ -24,14 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-def launch(script, *arguments, ranks=2):
-    """Start a script under torchrun -> the process, which works beside the test.
+def torchrun(script, *arguments, ranks=2):
+    """Run a script under torchrun, which must end well.
 
     The port is random, so that two test runs on one machine do not meet there. Each rank computes
-    on one thread, because all of them share the cores.
+    on one thread, because all of them share the cores. One that fails tells why at the end of its
+    output, so that end is what the assertion shows.
     """
     port = random.randint(20_000, 40_000)
-    torchrun = [
+    command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -43,23 +44,15 @@ def launch(script, *arguments, ranks=2):
         OMP_NUM_THREADS="1",
         PYTHONWARNINGS="ignore",
     )
-    return subprocess.Popen(
-        [*torchrun, str(ROOT / script), *map(str, arguments)],
+    ended = subprocess.run(
+        [*command, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        timeout=300,
     )
-
-
-def finish(process):
-    """Wait for a process that must end well -> what it printed.
-
-    One that fails tells why at the end of its output, so that end is what the assertion shows.
-    """
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
+    assert ended.returncode == 0, ended.stdout[-3000:]
 
 
 LATE = {  # what a script imports where it first needs it, and what takes long

@@ -1,7 +1,7 @@
-"""What test_running.py has two processes do: torchrun ... ranks.py TASK FOLDER.
+"""What test_running.py has two processes do: torchrun ... ranks.py FOLDER.
 
-TASK is `methods` or `folders`, a function of this file, and FOLDER is where rank 0 leaves what the
-ranks have made. test_running.py has the oracle for each of them: the same on one process.
+FOLDER is where they leave what they have made. test_running.py has the oracle for each part: most
+often the same on one process. All is one launch, because two ranks take long to start.
 """
 
 import os
@@ -40,15 +40,11 @@ def save(value, path):
 
 
 def methods(folder):
-    """All that the fixture `two_ranks` holds, in one task, because two ranks take long to start.
+    """NAME_KIND_AWARE.pt: weights and log after three updates of a row of Table 1.
 
-    NAME_KIND_AWARE.pt are the weights and the log after three updates of a row of Table 1, in two
-    micro-batches a rank, plain and sharded. The noise is `hashed`: that of a sample is the same on
-    any rank, so the oracle, one process with one batch, has it too.
+    They are made in two micro-batches a rank, plain and sharded. The noise is `hashed`: that of a
+    sample is the same on any rank, so the oracle, one process with one batch, has it too.
     """
-    noise(folder)
-    broken(folder)
-    clipped(folder)
     torch.randn_like = hashed
     torch.rand_like = hashed
     for kind, shard in KINDS.items():
@@ -138,17 +134,28 @@ def noise(folder):
 
 
 def folders(folder):
-    """Each rank has a disk of its own, as machines without a shared one.
+    """told_RANK.txt: what each rank is told if it has a disk of its own.
 
-    open_run must raise on both ranks, and running.run makes one line of that.
+    So it is on machines without a shared one. open_run must raise a ValueError on both ranks.
     """
-    disk = folder / f"disk_{running.ranks().rank}"
-    running.open_run(disk, dict(lr=1))
+    rank = running.ranks().rank
+    try:
+        running.open_run(folder / f"disk_{rank}", dict(lr=1))
+    except ValueError as error:
+        (folder / f"told_{rank}.txt").write_text(str(error))
+
+
+def main(folder):
+    """All of it, in an order in which `hashed` noise comes last."""
+    folders(folder)
+    noise(folder)
+    broken(folder)
+    clipped(folder)
+    methods(folder)
 
 
 if __name__ == "__main__":
-    task, out = sys.argv[1:]
     running.launch()
-    running.run(lambda _: globals()[task](Path(out)), lambda: None)
+    running.run(lambda _: main(Path(sys.argv[1])), lambda: None)
     sys.stdout.flush()
     os._exit(0)

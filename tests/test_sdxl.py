@@ -805,12 +805,21 @@ class Run(NamedTuple):
 def run_twice(folder, ranks, steps, kind):
     """Train from a folder of diffusers, once with a kill -9 and once without.
 
-    `survive` compares the two students and the two logs, bit for bit.
+    `survive` compares the two students and the two logs, bit for bit. The UNet has one level and
+    one transformer in it, because FSDP2 and checkpoints take as long as there are layers.
     """
     torch.manual_seed(0)
     pipe = tiny.sdxl_pipeline("tiny")
-    pipe.unet = type(pipe.unet).from_config(pipe.unet.config, transformer_layers_per_block=1)
-    pipe.save_pretrained(folder / "model")  # FSDP2 and checkpoints take as long as there are layers
+    pipe.unet = type(pipe.unet).from_config(
+        pipe.unet.config,
+        down_block_types=["CrossAttnDownBlock2D"],
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=["CrossAttnUpBlock2D"],
+        block_out_channels=[64],
+        attention_head_dim=2,
+        transformer_layers_per_block=1,
+    )
+    pipe.save_pretrained(folder / "model")
     flags = [
         *("--dry-run", "tiny", "--no-compile"),
         *("--model", str(folder / "model")),
