@@ -40,7 +40,7 @@ def save(value, path):
 
 
 def methods(folder):
-    """NAME_KIND_AWARE.pt: weights and log after three updates of a row of Table 1.
+    """NAME_KIND_AWARE.pt: weights and log after two updates of a row of Table 1.
 
     They are made in two micro-batches a rank, plain and sharded. The noise is `hashed`: that of a
     sample is the same on any rank, so the oracle, one process with one batch, has it too.
@@ -57,7 +57,7 @@ def methods(folder):
                 )
                 log = it.run(
                     lively(name),
-                    3,
+                    2,
                     K=8,
                     update=running.update,
                     aware=it.aware if aware else None,

@@ -74,7 +74,7 @@ def test_two_ranks_change_nothing(two_ranks, name, kind, aware, hashed_noise):
     it = Setting()
     log = it.run(
         lively(name),
-        3,
+        2,
         K=8,
         aware=it.aware if aware else None,
     )[-1]
