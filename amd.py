@@ -3,7 +3,7 @@
 A slow diffusion teacher is distilled into a student that generates in a few steps. The student's
 sample x is renoised, two teachers guess the clean sample again, and x moves down
 
-    g = H(d_real, d_fake) + F_ext,    d = x - x0_hat.                                     (Eq. 6)
+    g = H(d_real, d_fake) + lam F_ext,    d = x - x0_hat.                                 (Eq. 6)
 
 The real teacher is frozen; its displacement d_real attracts x. The fake teacher is trained on the
 student's own samples; its displacement d_fake repels x. AMD finds failed samples by a reward, which
@@ -95,7 +95,7 @@ class vp:
         self.alphas_cumprod = abar
 
     def level(self, alpha: float) -> float:
-        """The highest level whose x_t has alpha x in it, or more.
+        """The highest level at which the schedule's alpha is still at least this one.
 
         A guess x0 = (x_t - sigma eps) / alpha multiplies the network's error by sigma / alpha.
         """
@@ -291,7 +291,8 @@ def group_advantage(r: Tensor, K: int, eps: float = 1e-6) -> Tensor:
         raise ValueError(
             f"rewards {tuple(r.shape)} in groups of K = {K}: choose K >= 2 that divides the batch"
         )
-    grouped = r.detach().cpu().double().view(-1, K)  # in float32 equal ones may differ by .19
+    # in double: where rewards are close, float32 would round their mean by a part of the std
+    grouped = r.detach().cpu().double().view(-1, K)
     if not grouped.isfinite().all():
         raise ValueError("a reward is NaN or inf: mend the reward")
     mean, std = grouped.mean(1, keepdim=True), grouped.std(1, keepdim=True, unbiased=False)
@@ -308,8 +309,9 @@ def W_one(a: Tensor) -> Tensor:
 def W_exp(a: Tensor, tau: float = 1.0) -> Tensor:
     """Repulsive Landscape Sharpening (below Eq. 14): failures count more.
 
-    The fake takes them for more frequent than they are, and so pushes x away from them: it models
-    p_student W(a). tau = inf turns it off. ValueError: tau <= 0.
+    The fake overestimates how frequent they are, and so pushes x away from them: it models
+    p_student W(a). The paper prints exp(-a), which is tau = 1; the temperature is ours, and tau =
+    inf turns sharpening off. ValueError: tau <= 0.
     """
     if not tau > 0:
         raise ValueError(f"tau = {tau}: choose tau above 0")
@@ -417,6 +419,7 @@ def faded(step: int, fade: int = 10_000) -> float:
 class Method(NamedTuple):
     """A column of Table 1, which is a row of METHODS.
 
+    Fields have Table 1's symbols, and each holds the function that does what the symbol stands for.
     H, F_t, phi and W may have hyper-parameters: arguments with a default, which `method` binds.
     """
 
@@ -590,7 +593,7 @@ def critic_loss(draw: Draw, truth: Callable, logits: Denoiser, schedule: Schedul
 
 # ----------------------------------------------------------------------------------- 8. the student
 class Exit(NamedTuple):
-    """What a student makes of noise and a condition."""
+    """What a student makes of noise and a condition, and the exit at which it stopped."""
 
     x: Tensor  # (B, ...)
     t_G: float | Tensor  # noise level of the input of the call that made x, a float or (B,)
@@ -608,9 +611,10 @@ def backward_simulation(
 ) -> Exit:
     """Generate from noise z (B, ...) down the levels, up to an exit (DMD2 Sec. 4.5).
 
-    u in [0, 1) picks the exit, and only its call carries gradient; u = 1, the last exit, makes it
-    the sampler. ValueError: levels that do not fall within [0, 1], or begin where a DDPM's noise
-    network cannot tell x from noise; a schedule that is not the one of denoise.
+    Each step guesses x0 and renoises it, with fresh noise, to the next level. u in [0, 1) picks the
+    exit, and only its call carries gradient; u = 1, the last exit, makes it the sampler.
+    ValueError: levels that do not fall within [0, 1], or begin where a DDPM's noise network cannot
+    tell x from noise; a schedule that is not the one of denoise.
     """
     same_schedule(denoise, schedule, "denoise")
     falling = len(levels) > 0 and [*levels] == sorted({*levels}, reverse=True)
@@ -689,14 +693,15 @@ def train(
 ) -> Iterator[dict]:
     """Algorithm 1 as an endless generator, which yields a dict to log after each student update.
 
-    A student update is fake_steps iterations. Each rolls out a fresh batch, asks the reward if H or
-    W reads it, and updates the fake teacher; the first also updates the student, on the same x, t
-    and eps. Nothing is kept but `start`, the number of updates done: torch's global generator is
-    seeded for each rollout, so a resumed run draws what it would have drawn. Nothing is checked or
-    done before the first next().
+    A student update is fake_steps iterations. Each rolls out a fresh batch, asks the reward, and
+    updates the fake teacher; the first also updates the student, on the same x, t and eps. Where
+    neither H nor W reads the reward, the first alone asks it, for the log. Nothing is kept but
+    `start`, the number of updates done: torch's global generator is seeded for each rollout, so a
+    resumed run draws what it would have drawn. Nothing is checked or done before the first next().
 
     batch(n, j) -> c           condition of micro-batch j of iteration n, a pure function. Samples
-                               count by rank, micro-batch, place; K adjacent ones are a group
+                               are numbered by rank, then by micro-batch, then by place in it; K
+                               consecutive ones are a group
     student(c, u) -> Exit      the whole generation; (x, t_G) will do. u in [0, 1) picks the exit,
                                alike on all ranks, because FSDP2 hangs if some call more often
     real, fake                 Denoisers
@@ -744,8 +749,8 @@ def train(
     opt_fake.zero_grad()
 
     while True:  # l. 1, and 7: no gradients yet
-        r = method.phi(step)
-        teacher = adapt(r) if r > 0 else real
+        moved = method.phi(step)
+        teacher = adapt(moved) if moved > 0 else real
         rows = []
 
         for i in range(fake_steps):
@@ -761,10 +766,12 @@ def train(
                 partial(rollout, student, c, u, seed=key(seed, n, j, ranks.rank))
                 for j, c in enumerate(conds)
             ]
+            # one of each micro-batch, all stopped at the exit that u picks
             exits = [roll_j(grad=student_turn and accum == 1) for roll_j in roll]
 
             # l. 4-6 and 17: which samples failed, within their group
-            asked = reward if method.senses or student_turn else None  # once an update, for the log
+            # a method that does not read them asks once an update, for the log
+            asked = reward if method.senses or student_turn else None
             a, W, sensed = sense(method, exits, conds, asked, K, ranks)
 
             # l. 8: a noise level for each group
@@ -774,7 +781,7 @@ def train(
             found = []
             for j, draw in enumerate(renoised(exits, conds, a, W, t, ranks, schedule)):
                 # l. 12, 18-19: the fake's guess, which the student needs too. Its loss comes first,
-                # so that its graph is gone before the student's exit makes one
+                # so that with several micro-batches its graph is gone before the student's is made
                 x0_fake = fake(draw.x_t, draw.t, aware(draw.c, draw.t_G) if aware else draw.c)
                 loss_fake = fake_loss(draw, x0_fake, schedule, space)
                 row = sensed | dict(loss_fake=loss_fake.detach())
@@ -833,9 +840,11 @@ def rollout(student: Callable, c: Condition, u: float, seed: int, grad: bool) ->
 
 
 def with_graph(made: Exit, roll: Callable[..., Exit], check: bool) -> Tensor:
-    """x of a rollout again, now with a graph: by its exit's call alone, if it tells that.
+    """Make x (B, ...) of a rollout again, now with a graph.
 
-    check compares the two, but for rounding. ValueError: they are not the same.
+    That takes its last call alone, if the Exit has `again`, else the whole generation. With check
+    that call must make the same x. ValueError: it is off by more than .05 of the mean |x|, as by
+    dropout; half precision's rounding is less.
     """
     if made.again is None:
         return roll(grad=True).x
@@ -862,7 +871,7 @@ def sense(
     """Alg. 1 l. 4-6 and 17 -> a, W (N,) of all ranks and micro-batches, and numbers for the log.
 
     Both are on the CPU, in order of rank, micro-batch, place; gathering the rewards is the one
-    synchronisation. An x that is not finite has no advantage; its losses tell `update` of it.
+    synchronisation. If any x is not finite, all have a = 0 and W = 1: `update` will skip them.
     """
     xs = [made.x.detach() for made in exits]
     N = sum(map(len, xs)) * ranks.size

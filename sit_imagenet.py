@@ -352,8 +352,12 @@ def train_stage(args: argparse.Namespace, stage: Stage, device: torch.device) ->
 
 
 def open_run(args: argparse.Namespace, out: Path) -> Path:
-    """The folder of a run, new or resumed; it may have been moved."""
-    return running.open_run(out, dict(vars(args), resume=None), args.resume, running.FREE)
+    """The folder of a run, new or resumed; it may have been moved.
+
+    The noise of a sample is of its chunk, so samples that go on keep to their --chunk.
+    """
+    free = {*running.FREE} - ({"chunk"} if args.task == "sample" else set())
+    return running.open_run(out, dict(vars(args), resume=None), args.resume, free)
 
 
 def refuse_used(args: argparse.Namespace, out: Path) -> None:

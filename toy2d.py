@@ -406,7 +406,7 @@ def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def zone_begins() -> float:
+def gamma() -> float:
     """The energy that a thousandth of the data exceeds: gamma of Eq. 5."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -452,7 +452,7 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
         tv=0.5 * (share - target).abs().sum(),
         sw2=apart.square().mean().sqrt(),
         reward=reward_of(reward)(x, None).mean(),
-        zone=(energy(x) > zone_begins()).float().mean(),
+        zone=(energy(x) > gamma()).float().mean(),
         spread=spread,
     )
     return {k: float(v) for k, v in values.items()}
@@ -971,14 +971,14 @@ def by_energy(values: Tensor) -> Tensor:
     return torch.stack([values[part].mean() for part in bins])
 
 
-def zone_limit() -> Tensor:
+def gamma_prime() -> Tensor:
     """The energy that a hundredth of the data exceeds: gamma' of Eq. 11."""
     return energy(real_samples(torch.full((100_000,), 3))).quantile(0.99)
 
 
 def energy_given_reward(job: Job, bad_student: Callable) -> dict[str, float]:
     """Eq. 11: how often the energy is high though the reward is."""
-    limit, reward = zone_limit(), reward_of(job.arm.reward)
+    limit, reward = gamma_prime(), reward_of(job.arm.reward)
     numbers = {}
     samples = bad_student(torch.arange(SAMPLES) % 3)
     for where, x in (("plane", grid(161)), ("bad student", samples)):
@@ -994,7 +994,7 @@ def pulls_in_the_zone(teacher: MLP, near: MLP) -> tuple[dict[str, Tensor], dict[
 
     near is a fake teacher of a bad student, for the adapted teacher of DMDR.
     """
-    at, limit = grid(15), zone_limit()
+    at, limit = grid(15), gamma_prime()
     home, outside = MODES[nearest(at)[0]] - at, energy(at) > limit
     denoise, mixed = amd.x0_from_flow(teacher), MLP()
     amd.blend(mixed, teacher, near, 0.75)
@@ -1015,8 +1015,8 @@ def pulls_in_the_zone(teacher: MLP, near: MLP) -> tuple[dict[str, Tensor], dict[
     for name, arrow in arrows.items():
         cos = F.cosine_similarity(arrow, home)[outside].mean().item()
         size = (arrow.norm(dim=1) / home.norm(dim=1))[outside].mean().item()
-        numbers[f"pull in Z_f, cos to the nearest mode, {name}"] = cos
-        numbers[f"pull in Z_f, over the distance, {name}"] = size
+        numbers[f"pull where E > gamma', cos to the nearest mode, {name}"] = cos
+        numbers[f"pull where E > gamma', over the distance, {name}"] = size
     return arrows, numbers
 
 
@@ -1042,7 +1042,7 @@ def zone(lab: Lab):
     top[2].legend()
     draw_push(top[3], numbers)
     for ax, (name, arrow) in zip(bottom, fields["arrows"].items(), strict=True):
-        cos, _ = numbers[f"pull in Z_f, cos to the nearest mode, {name}"]
+        cos, _ = numbers[f"pull where E > gamma', cos to the nearest mode, {name}"]
         plane(ax, f"{name}: cos {cos:.2f}", (-E).exp())
         draw_arrows(ax, arrow)
     told = {k: dict(mean=mean, half_width=half) for k, (mean, half) in numbers.items()}

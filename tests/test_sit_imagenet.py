@@ -458,6 +458,16 @@ def test_sample_draws_a_lost_chunk_again_as_it_was(lively, samples, tmp_path):
     assert not again[4:].any()
 
 
+def test_samples_do_not_go_on_in_other_chunks(lively, samples, tmp_path):
+    """Chunks of both sizes would lie side by side, and samples.npz would have images twice."""
+    out = tmp_path / "again"
+    shutil.copytree(samples[0], out)
+    (out / "chunks/000001.npy").unlink()
+
+    with pytest.raises(ValueError, match=r"holds another run \(chunk 4 -> 2\)"):
+        run_main("sit_imagenet", [*flags_of(lively, out, "--resume"), "--chunk", "2"])
+
+
 def test_sample_leaves_a_used_folder_alone(lively, samples):
     """Without --resume, images of one student are never mixed with those of another."""
     out, _ = samples
