@@ -694,12 +694,15 @@ class Workers:
         fork = sys.platform == "linux" and not torch.cuda.is_available()
         context = multiprocessing.get_context("fork" if fork else "spawn")
         self.done = context.Value("l", 0)
+        others = {*multiprocessing.active_children()}
         self.pool = context.Pool(count or cores(), begin, (self.done,))
+        self.processes = {*multiprocessing.active_children()} - others
 
     def map(self, work: Callable, jobs: Sequence, what: str) -> list:
         """work(job) for each job -> results, in order.
 
-        A job has `steps`, their number; work counts them by tick, for the progress bar.
+        A job has `steps`, their number; work counts them by tick, for the progress bar. OSError: a
+        process was killed, and its job with it, for which the pool would wait forever.
         """
         if self.pool is None:
             return [work(job) for job in progress(jobs, desc=what)]
@@ -709,6 +712,8 @@ class Workers:
         with tqdm(total=total, desc=what, leave=False, disable=None) as bar:
             while not results.ready():
                 results.wait(0.2)
+                if not all(process.is_alive() for process in self.processes):
+                    raise OSError(f"{what}: a process was killed; is there too little memory?")
                 bar.update(min(self.done.value, total) - bar.n)
         return results.get()
 

@@ -827,6 +827,27 @@ def test_an_error_of_a_job_reaches_the_caller():
     assert number == 4
 
 
+def be_killed(job):
+    """End as a process ends that the system kills for lack of memory, and sooner than others."""
+    if job.number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_worker_that_is_killed_is_missed():
+    """A pool starts another one in its place and waits for the lost job forever.
+
+    Workers of an earlier pool, which have ended, are none of its own.
+    """
+    running.Workers(1).pool.terminate()
+    workers = running.Workers(2)
+
+    with pytest.raises(OSError, match="jobs: a process was killed; is there too little memory"):
+        workers.map(be_killed, [Job(0, 0), Job(0, 1)], "jobs")
+
+    workers.pool.terminate()
+
+
 # A script whose workers have work for a minute.
 LONG_WORK = """
 import signal, time, types, running
