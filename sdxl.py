@@ -193,7 +193,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, **dtypes: torc
         return pipe
     with device, running.default_dtype(dtypes["default"]):
         pipe = tiny.sdxl_pipeline(args.dry_run)
-    return unet.frozen(pipe, "--dry-run", device, **dtypes)
+    return unet.frozen(pipe, device, **dtypes)
 
 
 def timesteps(args: argparse.Namespace) -> list[int]:

@@ -57,11 +57,12 @@ def load_pipeline(model: str, device: torch.device, **dtypes: torch.dtype):
             part in index and (not folder.is_dir() or (folder / part).is_dir()),
             f"{model} has no {part}: give SDXL, Stable Diffusion 1.5 or a whole folder",
         )
+    check_parts(model, scheduler=index["scheduler"][1])
     variant = variant_of(folder / "unet") if folder.is_dir() else None
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         model, dtype=dtypes, variant=variant, safety_checker=None
     )
-    return frozen(pipe, model, device, **dtypes)
+    return frozen(pipe, device, **dtypes)
 
 
 def index_of(model: str) -> dict:
@@ -80,26 +81,37 @@ def index_of(model: str) -> dict:
     return index
 
 
-def frozen(pipe, model: str, device: torch.device, **dtypes: torch.dtype):
-    """Check a pipeline's noise, freeze its networks and move them. It makes diffusers quiet."""
+def check_parts(model: str, scheduler: str) -> None:
+    """ValueError: its noise, its latents or its UNet's input are none that we can train on.
+
+    It reads the configs of these parts, which are small, so a model that will not do is not
+    downloaded first.
+    """
     import diffusers
 
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    scheduler, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-    kind = config.get("prediction_type", "epsilon")
+    noise = diffusers.DDPMScheduler.load_config(model, subfolder="scheduler")
+    latents = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
+    channels = diffusers.UNet2DConditionModel.load_config(model, subfolder="unet")["in_channels"]
+    kind = noise.get("prediction_type", "epsilon")
     running.require(kind == "epsilon", f"{model} predicts {kind}, not noise: choose another model")
     running.require(
-        not config.get("rescale_betas_zero_snr"),
+        not noise.get("rescale_betas_zero_snr"),
         f"{model} has rescale_betas_zero_snr: its first level is all noise, of which a network that"
         " predicts noise tells nothing; choose another model",
     )
     running.require(
-        "EDM" not in scheduler and not pipe.vae.config.get("latents_mean"),
+        "EDM" not in scheduler and not latents.get("latents_mean"),
         f"{model} is of another family ({scheduler}): choose SDXL or Stable Diffusion 1.5",
     )
-    channels = pipe.unet.config.in_channels
     running.require(channels == 4, f"{model} takes {channels} channels: choose text to image")
+
+
+def frozen(pipe, device: torch.device, **dtypes: torch.dtype):
+    """Freeze a pipeline's networks and move them to a device. It makes diffusers quiet."""
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
     for name, net in pipe.components.items():
         if isinstance(net, nn.Module):
             net.to(device, dtypes.get(name, dtypes["default"])).eval().requires_grad_(False)
