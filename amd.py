@@ -11,7 +11,7 @@ it compares within a group of K samples of one condition (Eq. 12). Then it
     - shifts the balance of the two terms of H sample by sample, which is Dynamic Score Adaptation
       (Eq. 10 and 13),
     - has the fake teacher study failures harder, which is Repulsive Landscape Sharpening (Eq. 14).
-The table METHODS, the paper's Table 1, writes related methods (DMD, DMD2, DMDR ...) the same way.
+The table METHODS, the paper's Table 1 and two rows more, writes DMD, DMD2, DMDR ... the same way.
 
     x       the student's sample (B, ...)           t     noise level in [0, 1]: 0 clean, 1 noise
     x_t     F_t(x) = alpha x + sigma eps            t_G   noise level of the student's input
@@ -417,10 +417,10 @@ def faded(step: int, fade: int = 10_000) -> float:
 
 
 class Method(NamedTuple):
-    """A column of Table 1, which is a row of METHODS.
+    """A row of METHODS, which is a column of Table 1.
 
-    Fields have Table 1's symbols, and each holds the function that does what the symbol stands for.
-    H, F_t, phi and W may have hyper-parameters: arguments with a default, which `method` binds.
+    H, F_ext, F_t, phi and W are Table 1's symbols, and hold functions that do what these stand for.
+    All but F_ext may have hyper-parameters: arguments with a default, which `method` binds.
     """
 
     H: Callable  # d, a -> (B, ...)
@@ -770,7 +770,7 @@ def train(
             exits = [roll_j(grad=student_turn and accum == 1) for roll_j in roll]
 
             # l. 4-6 and 17: which samples failed, within their group
-            # a method that does not read them asks once an update, for the log
+            # for a method that does not read rewards: once an update, for the log
             asked = reward if method.senses or student_turn else None
             a, W, sensed = sense(method, exits, conds, asked, K, ranks)
 

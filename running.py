@@ -33,6 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 
 import torch
@@ -694,28 +695,32 @@ class Workers:
         fork = sys.platform == "linux" and not torch.cuda.is_available()
         context = multiprocessing.get_context("fork" if fork else "spawn")
         self.done = context.Value("l", 0)
-        others = {*multiprocessing.active_children()}
-        self.pool = context.Pool(count or cores(), begin, (self.done,))
-        self.processes = {*multiprocessing.active_children()} - others
+        self.pool = futures.ProcessPoolExecutor(count or cores(), context, begin, (self.done,))
+        self.pool.submit(int).result()  # the forks are made now, and not with the first job
 
     def map(self, work: Callable, jobs: Sequence, what: str) -> list:
         """work(job) for each job -> results, in order.
 
-        A job has `steps`, their number; work counts them by tick, for the progress bar. OSError: a
-        process was killed, and its job with it, for which the pool would wait forever.
+        A job has `steps`, their number; work counts them by tick, for the progress bar. An error of
+        a job is raised when all have ended. OSError: a process was killed; there are no workers
+        any more.
         """
         if self.pool is None:
             return [work(job) for job in progress(jobs, desc=what)]
         self.done.value = 0
-        results = self.pool.map_async(work, jobs, chunksize=1)
         total = sum(job.steps for job in jobs)
-        with tqdm(total=total, desc=what, leave=False, disable=None) as bar:
-            while not results.ready():
-                results.wait(0.2)
-                if not all(process.is_alive() for process in self.processes):
-                    raise OSError(f"{what}: a process was killed; is there too little memory?")
-                bar.update(min(self.done.value, total) - bar.n)
-        return results.get()
+        try:
+            results = [self.pool.submit(work, job) for job in jobs]
+            with tqdm(total=total, desc=what, leave=False, disable=None) as bar:
+                while futures.wait(results, 0.2).not_done:
+                    bar.update(min(self.done.value, total) - bar.n)
+            return [result.result() for result in results]
+        except futures.BrokenExecutor:
+            raise OSError(f"{what}: a process was killed; is there too little memory?") from None
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # or this process would wait for their jobs before it ends
+            raise
 
 
 def begin(done) -> None:

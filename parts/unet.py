@@ -91,7 +91,7 @@ def check_parts(model: str, scheduler: str) -> None:
 
     noise = diffusers.DDPMScheduler.load_config(model, subfolder="scheduler")
     latents = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
-    channels = diffusers.UNet2DConditionModel.load_config(model, subfolder="unet")["in_channels"]
+    net = diffusers.UNet2DConditionModel.load_config(model, subfolder="unet")
     kind = noise.get("prediction_type", "epsilon")
     running.require(kind == "epsilon", f"{model} predicts {kind}, not noise: choose another model")
     running.require(
@@ -103,6 +103,7 @@ def check_parts(model: str, scheduler: str) -> None:
         "EDM" not in scheduler and not latents.get("latents_mean"),
         f"{model} is of another family ({scheduler}): choose SDXL or Stable Diffusion 1.5",
     )
+    channels = net.get("in_channels", 4)
     running.require(channels == 4, f"{model} takes {channels} channels: choose text to image")
 
 

@@ -4,6 +4,8 @@ FOLDER is where they leave what they have made. test_running.py has the oracle f
 often the same on one process. All is one launch, because two ranks take long to start.
 """
 
+import contextlib
+import io
 import os
 import sys
 from functools import partial
@@ -134,15 +136,17 @@ def noise(folder):
 
 
 def folders(folder):
-    """told_RANK.txt: what each rank is told if it has a disk of its own.
+    """told_RANK.txt: how a script ends, and what it says, if each rank has a disk of its own.
 
-    So it is on machines without a shared one. open_run must raise a ValueError on both ranks.
+    So it is on machines without a shared one. open_run must raise a ValueError on both ranks, of
+    which running.run makes an exit code and a line.
     """
-    rank = running.ranks().rank
+    rank, told = running.ranks().rank, io.StringIO()
     try:
-        running.open_run(folder / f"disk_{rank}", dict(lr=1))
-    except ValueError as error:
-        (folder / f"told_{rank}.txt").write_text(str(error))
+        with contextlib.redirect_stderr(told):
+            running.run(lambda _: running.open_run(folder / f"disk_{rank}", dict(lr=1)), dict)
+    except SystemExit as end:
+        (folder / f"told_{rank}.txt").write_text(f"{end.code} {told.getvalue()}")
 
 
 def main(folder):

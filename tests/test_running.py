@@ -139,12 +139,13 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks, kind):
 def test_ranks_without_a_shared_disk_say_so(two_ranks):
     """Machines without a shared disk cannot write one checkpoint, so none of them may begin.
 
-    Rank 1 looks in vain for the file that rank 0 has written. Both are told what to choose, before
-    anything is trained.
+    Rank 1 looks in vain for the file that rank 0 has written. Both end with exit code 2 and a line
+    that tells what to choose, before anything is trained.
     """
     for rank in (0, 1):
         told = (two_ranks / f"told_{rank}.txt").read_text()
-        assert "not one folder for all ranks: choose one on a disk they share" in told
+        assert told.startswith("2 ranks.py: ")
+        assert told.endswith("not one folder for all ranks: choose one on a disk they share\n")
     assert not list(two_ranks.glob("*/config.json"))
 
 
@@ -400,10 +401,10 @@ time.sleep(60)
 """
 
 
-def start(code, folder, **options):
-    """Start Python code with a folder as its argument -> the process."""
+def start(code, argument, **options):
+    """Start Python code with an argument, often a folder -> the process."""
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
+        [sys.executable, "-c", code, str(argument)],
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
         **options,
     )
@@ -827,25 +828,32 @@ def test_an_error_of_a_job_reaches_the_caller():
     assert number == 4
 
 
-def be_killed(job):
-    """End as a process ends that the system kills for lack of memory, and sooner than others."""
-    if job.number:
-        os.kill(os.getpid(), signal.SIGKILL)
+# A script that has a job of a minute and two workers, of which one is killed, as the system kills
+# for lack of memory: its own, or the other one, which waits for a job.
+KILLED = """
+import multiprocessing, os, signal, sys, time, types, running
+def work(job):
+    workers = multiprocessing.parent_process().pid
+    me = os.getpid()
+    children = open(f"/proc/{workers}/task/{workers}/children").read().split()
+    (other,) = {int(pid) for pid in children} - {me}
+    os.kill(me if sys.argv[1] == "busy" else other, signal.SIGKILL)
     time.sleep(60)
+running.run(
+    lambda _: running.Workers(2).map(work, [types.SimpleNamespace(steps=1)], "jobs"), lambda: None
+)
+"""
 
 
-def test_a_worker_that_is_killed_is_missed():
-    """A pool starts another one in its place and waits for the lost job forever.
+@pytest.mark.parametrize("which", ["busy", "idle"])
+def test_a_worker_that_is_killed_is_missed(which):
+    """The lost job has no result to wait for. The script ends at once, and says what happened."""
+    process = start(KILLED, which, stderr=subprocess.PIPE, text=True)
 
-    Workers of an earlier pool, which have ended, are none of its own.
-    """
-    running.Workers(1).pool.terminate()
-    workers = running.Workers(2)
+    _, told = process.communicate(timeout=30)
 
-    with pytest.raises(OSError, match="jobs: a process was killed; is there too little memory"):
-        workers.map(be_killed, [Job(0, 0), Job(0, 1)], "jobs")
-
-    workers.pool.terminate()
+    assert told == "-c: jobs: a process was killed; is there too little memory?\n"
+    assert process.returncode == 2
 
 
 # A script whose workers have work for a minute.

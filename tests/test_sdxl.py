@@ -805,8 +805,9 @@ class Run(NamedTuple):
 def run_twice(folder, ranks, steps, kind):
     """Train from a folder of diffusers, once with a kill -9 and once without.
 
-    `survive` compares the two students and the two logs, bit for bit. The UNet has one level and
-    one transformer in it, because FSDP2 and checkpoints take as long as there are layers.
+    `survive` compares the two students and the two logs, bit for bit. The UNet has one level,
+    and one block in each transformer, because FSDP2 and checkpoints take longer the more layers
+    there are.
     """
     torch.manual_seed(0)
     pipe = tiny.sdxl_pipeline("tiny")
