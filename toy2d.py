@@ -406,11 +406,14 @@ def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def gamma() -> float:
-    """The energy that a thousandth of the data exceeds: gamma of Eq. 5."""
+def energy_of_data(share: float) -> float:
+    """The energy that a share of the data exceeds.
+
+    gamma of Eq. 5 is that of a thousandth, gamma' of Eq. 11 that of a hundredth.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return energy(real_samples(torch.full((100_000,), 3))).quantile(0.999).item()
+        return energy(real_samples(torch.full((100_000,), 3))).quantile(1 - share).item()
 
 
 def measure(x: Tensor, reward: str) -> dict[str, float]:
@@ -452,7 +455,7 @@ def measure(x: Tensor, reward: str) -> dict[str, float]:
         tv=0.5 * (share - target).abs().sum(),
         sw2=apart.square().mean().sqrt(),
         reward=reward_of(reward)(x, None).mean(),
-        zone=(energy(x) > gamma()).float().mean(),
+        zone=(energy(x) > energy_of_data(0.001)).float().mean(),
         spread=spread,
     )
     return {k: float(v) for k, v in values.items()}
@@ -971,14 +974,9 @@ def by_energy(values: Tensor) -> Tensor:
     return torch.stack([values[part].mean() for part in bins])
 
 
-def gamma_prime() -> Tensor:
-    """The energy that a hundredth of the data exceeds: gamma' of Eq. 11."""
-    return energy(real_samples(torch.full((100_000,), 3))).quantile(0.99)
-
-
 def energy_given_reward(job: Job, bad_student: Callable) -> dict[str, float]:
     """Eq. 11: how often the energy is high though the reward is."""
-    limit, reward = gamma_prime(), reward_of(job.arm.reward)
+    limit, reward = energy_of_data(0.01), reward_of(job.arm.reward)
     numbers = {}
     samples = bad_student(torch.arange(SAMPLES) % 3)
     for where, x in (("plane", grid(161)), ("bad student", samples)):
@@ -994,7 +992,7 @@ def pulls_in_the_zone(teacher: MLP, near: MLP) -> tuple[dict[str, Tensor], dict[
 
     near is a fake teacher of a bad student, for the adapted teacher of DMDR.
     """
-    at, limit = grid(15), gamma_prime()
+    at, limit = grid(15), energy_of_data(0.01)
     home, outside = MODES[nearest(at)[0]] - at, energy(at) > limit
     denoise, mixed = amd.x0_from_flow(teacher), MLP()
     amd.blend(mixed, teacher, near, 0.75)
