@@ -417,10 +417,9 @@ def faded(step: int, fade: int = 10_000) -> float:
 
 
 class Method(NamedTuple):
-    """A row of METHODS, which is a column of Table 1.
+    """A row of METHODS: a column of Table 1, with its symbols, or one of two more.
 
-    H, F_ext, F_t, phi and W are Table 1's symbols, and hold functions that do what these stand for.
-    All but F_ext may have hyper-parameters: arguments with a default, which `method` binds.
+    H, F_t, phi and W may have hyper-parameters: arguments with a default, which `method` binds.
     """
 
     H: Callable  # d, a -> (B, ...)

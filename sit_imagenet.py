@@ -356,7 +356,9 @@ def open_run(args: argparse.Namespace, out: Path) -> Path:
 
     The noise of a sample is of its chunk, so samples that go on keep to their --chunk.
     """
-    free = {*running.FREE} - ({"chunk"} if args.task == "sample" else set())
+    free = {*running.FREE}
+    if args.task == "sample":
+        free.remove("chunk")
     return running.open_run(out, dict(vars(args), resume=None), args.resume, free)
 
 

@@ -82,15 +82,15 @@ def index_of(model: str) -> dict:
 
 
 def check_parts(model: str, scheduler: str) -> None:
-    """ValueError: its noise, its latents or its UNet's input are none that we can train on.
+    """Refuse a model whose noise, latents or UNet's input are not those of SDXL or SD1.5.
 
-    It reads the configs of these parts, which are small, so a model that will not do is not
-    downloaded first.
+    scheduler is its class's name. The configs of these parts are small, so a model that will not do
+    is not downloaded first. ValueError: that is so. OSError: a config cannot be had.
     """
     import diffusers
 
     noise = diffusers.DDPMScheduler.load_config(model, subfolder="scheduler")
-    latents = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
+    vae = diffusers.AutoencoderKL.load_config(model, subfolder="vae")
     net = diffusers.UNet2DConditionModel.load_config(model, subfolder="unet")
     kind = noise.get("prediction_type", "epsilon")
     running.require(kind == "epsilon", f"{model} predicts {kind}, not noise: choose another model")
@@ -100,7 +100,7 @@ def check_parts(model: str, scheduler: str) -> None:
         " predicts noise tells nothing; choose another model",
     )
     running.require(
-        "EDM" not in scheduler and not latents.get("latents_mean"),
+        "EDM" not in scheduler and not vae.get("latents_mean"),
         f"{model} is of another family ({scheduler}): choose SDXL or Stable Diffusion 1.5",
     )
     channels = net.get("in_channels", 4)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-def torchrun(script, *arguments, ranks=2):
+def torchrun(script, *arguments, ranks):
     """Run a script under torchrun, which must end well.
 
     The port is random, so that two test runs on one machine do not meet there. Each rank computes

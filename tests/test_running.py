@@ -789,6 +789,16 @@ def work(job):
     return job.number, os.getpid(), torch.get_num_threads()
 
 
+def test_there_are_no_more_workers_than_cores_that_may_be_used():
+    """A machine may have many cores of which a container gives us one."""
+    given = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert running.cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)
+
+
 def test_results_of_workers_come_in_the_order_of_the_jobs():
     """A job that ends early must not be taken for another. The first here takes longest.
 
@@ -831,12 +841,11 @@ def test_an_error_of_a_job_reaches_the_caller():
 # A script that has a job of a minute and two workers, of which one is killed, as the system kills
 # for lack of memory: its own, or the other one, which waits for a job.
 KILLED = """
-import multiprocessing, os, signal, sys, time, types, running
+import os, signal, sys, time, types, running
 def work(job):
-    workers = multiprocessing.parent_process().pid
-    me = os.getpid()
-    children = open(f"/proc/{workers}/task/{workers}/children").read().split()
-    (other,) = {int(pid) for pid in children} - {me}
+    me, parent = os.getpid(), os.getppid()
+    workers = open(f"/proc/{parent}/task/{parent}/children").read().split()
+    (other,) = {int(pid) for pid in workers} - {me}
     os.kill(me if sys.argv[1] == "busy" else other, signal.SIGKILL)
     time.sleep(60)
 running.run(

@@ -6,7 +6,6 @@ short as can be, and no test looks at what they show.
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from PIL import Image
 from torch.testing import assert_close
 
 import amd
-import running
 import toy2d as lab
 from helpers import ROOT, run_main
 
@@ -156,16 +154,6 @@ def test_a_fake_that_is_told_the_exit_begins_as_one_that_is_not():
     assert [bool(row.any()) for row in net.exits.grad] == [False, False, True] + [False] * 5
     net.exits.data[2] = 1.0
     assert not net(x, t, told).equal(net(x, t, c))
-
-
-def test_there_are_no_more_workers_than_cores_that_may_be_used():
-    """A machine may have many cores of which a container gives us one."""
-    given = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(given)})
-        assert running.cores() == 1
-    finally:
-        os.sched_setaffinity(0, given)
 
 
 # -------------------------------------------------------------------------------------- the figures
